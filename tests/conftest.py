@@ -1,0 +1,29 @@
+"""What every test shares: the device, the markers, and the Triton interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Read by Triton when it is first imported, so it is set before any test module is collected.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests whose device is not here, saying which device is missing."""
+    has_gpu = torch.cuda.is_available()
+    is_hopper = has_gpu and torch.cuda.get_device_capability() == (9, 0)
+    for item in items:
+        if "gpu" in item.keywords and not has_gpu:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if "sm90" in item.keywords and not is_hopper:
+            item.add_marker(pytest.mark.skip(reason="no Hopper (sm_90) device"))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The CUDA device where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
