@@ -1,0 +1,1 @@
+"""The backends behind the operators: cuda (compiled kernels), triton, and torch (the reference)."""
