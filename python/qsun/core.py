@@ -33,16 +33,14 @@ __all__ = [
     "Writer",
 ]
 
-# Who predicts the first new token: the decode module, reading the last prompt token itself, or the prefill module.
+# Who predicts the first new token: the decode module, which reads the last prompt token itself, or the
+# prefill module.
 FirstToken = Literal["decode", "prefill"]
 # Which module writes the keys and values of a position.  "given": they came with the request.
 Writer = Literal["prefill", "decode", "given"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 # "queued" holds no blocks; "prefilling" and "decoding" hold blocks; "swapped" has its KV in host memory.
 SequenceState = Literal["queued", "prefilling", "decoding", "swapped", "finished"]
-
-
-# --- What one forward pass is told ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +89,6 @@ class ForwardContext:
     attention: DecodeAttention | PrefillAttention
 
 
-# --- What a caller asks for ----------------------------------------------------------------------------------------
-
-
 def _number(name: str, value: object, expected: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise RequestError(f"{name} must be {expected}, got {value!r}")
@@ -117,10 +112,12 @@ class SamplingParams:
     top_p: only the most likely tokens whose probabilities reach this sum, in (0, 1].
     min_p: only tokens at least this many times as likely as the most likely one, in [0, 1].
     repetition_penalty: logits of tokens in prompt or output are divided (if positive) or multiplied by it.
-    presence_penalty, frequency_penalty: taken from the logits of tokens of the output, once or times their count.
-    seed: 0 <= seed < 2**64; the same seed gives the same draws whatever else is in the batch.  None: a random one.
-    logprobs: also return this many most likely tokens a step, by log-probability of the unmodified logits; 0 returns
-        that of the chosen token only; None returns nothing.
+    presence_penalty, frequency_penalty: taken from the logits of tokens of the output, once or times
+        their count.
+    seed: 0 <= seed < 2**64; the same seed gives the same draws whatever else is in the batch.  None: a
+        random one.
+    logprobs: also return this many most likely tokens a step, by log-probability of the unmodified logits;
+        0 returns that of the chosen token only; None returns nothing.
     stop: the text ends before the first of these strings.  stop_token_ids: these end it like the model's own
         end-of-sequence ids, which ignore_eos switches off.
     max_tokens, min_tokens: bounds of the number of new tokens; no end id is drawn before min_tokens.
@@ -198,7 +195,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One accepted request: `max_tokens` is already cut to what the context has room for, `seed` is never None."""
+    """One accepted request: `max_tokens` is cut to what the context has room for, `seed` is never None."""
 
     request_id: str
     model: str
@@ -207,9 +204,6 @@ class Request:
     arrival: int
     seed: int
     max_tokens: int
-
-
-# --- What the scheduler moves --------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True, eq=False)
@@ -266,8 +260,8 @@ class Sequence:
     def fill_target(self) -> int:
         """Positions that must be in the cache before the next token can be had.
 
-        All but the last token, which the decode step itself reads; all of the prompt when the prefill module's
-        own logits give the first token.
+        All but the last token, which the decode step itself reads; all of the prompt when the prefill
+        module's own logits give the first token.
         """
         return max(len(self.tokens) - 1, self.prefill_length)
 
@@ -277,7 +271,7 @@ class Sequence:
         return self.first_token == "prefill" and self.num_output == 0
 
     def writer(self, position: int) -> Writer:
-        """Who writes the KV of a position.  The rule that keeps every model itself, so it lives in one place."""
+        """Who writes the KV of a position: the rule that keeps every model itself, in one place."""
         if position < self.prefill_length:
             return "given" if self.given else "prefill"
         return "decode"
@@ -285,7 +279,7 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Positions [start, start + length) of a sequence, all written by one module, to be computed in this step."""
+    """Positions [start, start + length) of a sequence, all written by one module, to compute in this step."""
 
     sequence: Sequence
     start: int
@@ -301,8 +295,9 @@ class Chunk:
 class Batch:
     """The work of one step, in order of execution, each part in order of arrival.
 
-    prefill: prompt positions, each by its own prefill module.  rebuild: response positions lost to a preemption,
-    by the decode module.  decode: the sequences that get one token from the decode module, of all models.
+    prefill: prompt positions, each by its own prefill module.  rebuild: response positions lost to a
+    preemption, by the decode module.  decode: the sequences that get one token from the decode module, of
+    all models.
     """
 
     prefill: tuple[Chunk, ...]
@@ -314,12 +309,9 @@ class Batch:
         return not (self.prefill or self.rebuild or self.decode)
 
 
-# --- What a caller gets --------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Natural-log probabilities of one step, of the model's unmodified distribution: the chosen token, the top ones."""
+    """Natural-log probabilities of one step, of the unmodified distribution: the chosen and the top tokens."""
 
     token_id: int
     logprob: float
@@ -330,9 +322,9 @@ class TokenLogprobs:
 class StepOutput:
     """What one request gained in one step.
 
-    token_ids: its new tokens, the one that ended it included.  text: the text that became certain, which may lag
-    behind the tokens (half of a character, the start of a stop string).  finish_reason: None while it goes on.
-    error: why, when finish_reason is "error".
+    token_ids: its new tokens, the one that ended it included.  text: the text that became certain, which
+    may lag behind the tokens (half of a character, the start of a stop string).  finish_reason: None while
+    it goes on.  error: why, when finish_reason is "error".
     """
 
     request_id: str
@@ -346,7 +338,7 @@ class StepOutput:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A finished request.  `text` ends before the stop string or end id; `token_ids` hold all tokens drawn."""
+    """A finished request: `text` ends before the stop string or end id, `token_ids` hold all tokens drawn."""
 
     request_id: str
     model: str
