@@ -311,7 +311,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Natural-log probabilities of one step, of the unmodified distribution: the chosen and the top tokens."""
+    """Natural-log probabilities of one step, of the unmodified logits: the chosen and the top tokens."""
 
     token_id: int
     logprob: float

@@ -1,0 +1,1 @@
+"""The KV cache: its tensors, which blocks are free, who holds them, and what can be shared."""
