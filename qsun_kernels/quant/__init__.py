@@ -1,9 +1,19 @@
-"""Low-bit weights: what they are (`QuantSpec`, `PackedWeight`), how they are made, where they are read from."""
+"""Low-bit weights: what they are, how they are made, and the checkpoint formats they are read from."""
 
 from __future__ import annotations
 
-from qsun_kernels.quant.packed import PackedWeight
+from qsun_kernels.quant.packed import PackedWeight, concatenate_rows
 from qsun_kernels.quant.packing import pack_codes, unpack_codes
+from qsun_kernels.quant.rtn import quantize_rtn
 from qsun_kernels.quant.spec import Bits, GroupSize, QuantSpec
 
-__all__ = ["Bits", "GroupSize", "PackedWeight", "QuantSpec", "pack_codes", "unpack_codes"]
+__all__ = [
+    "Bits",
+    "GroupSize",
+    "PackedWeight",
+    "QuantSpec",
+    "concatenate_rows",
+    "pack_codes",
+    "quantize_rtn",
+    "unpack_codes",
+]

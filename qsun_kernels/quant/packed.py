@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -158,14 +159,15 @@ class PackedWeight:
     def validate(self) -> PackedWeight:
         """Check the values as well, and return this weight.
 
-        Raises ValueError naming the first bad value: scales that are not finite and positive, zero points
-        above spec.max_code, group indices outside 0..G-1, set bits after the last code of a row.
+        Raises ValueError naming the first bad value: scales that are zero or not finite (a negative scale is
+        as good as a positive one, and some quantisers write them), zero points above spec.max_code, group
+        indices outside 0..G-1, set bits after the last code of a row.
         """
-        bad = ~(self.scales.isfinite() & (self.scales > 0))
+        bad = ~(self.scales.isfinite() & (self.scales != 0))
         if bool(bad.any()):
             n, g = (int(i) for i in bad.nonzero()[0])
             raise ValueError(
-                f"scales[{n}, {g}] is {float(self.scales[n, g])!r}, expected a finite positive number "
+                f"scales[{n}, {g}] is {float(self.scales[n, g])!r}, expected a finite number other than 0 "
                 f"({int(bad.sum())} of {bad.numel()} scales are affected)"
             )
         if self.qzeros is not None and int(self.qzeros.max()) > self.spec.max_code:
@@ -190,3 +192,39 @@ class PackedWeight:
                     f"{self.K} codes, expected zeros from bit {used}"
                 )
         return self
+
+
+def concatenate_rows(weights: Sequence[PackedWeight]) -> PackedWeight:
+    """Stack weights with the same input, as q, k and v or gate and up, into one weight: rows in order.
+
+    Raises ValueError when they differ in spec, K, device or scale dtype, or when their g_idx differ: columns
+    regrouped differently (act-order found per matrix) cannot share one g_idx.
+    """
+    if not weights:
+        raise ValueError("weights is empty, expected at least one PackedWeight")
+    first = weights[0]
+    for i, weight in enumerate(weights[1:], start=1):
+        for name, got, expected in (
+            ("spec", weight.spec, first.spec),
+            ("K", weight.K, first.K),
+            ("device", weight.device, first.device),
+            ("dtype of scales", weight.scales.dtype, first.scales.dtype),
+        ):
+            if got != expected:
+                raise ValueError(f"weights[{i}] has {name} {got}, expected {expected} like weights[0]")
+        if not torch.equal(weight.column_groups(), first.column_groups()):
+            raise ValueError(
+                f"weights[{i}] has another g_idx than weights[0], expected the same columns' groups"
+            )
+    if len(weights) == 1:
+        return first
+    qzeros = [weight.qzeros for weight in weights if weight.qzeros is not None]
+    return PackedWeight(
+        first.spec,
+        sum(weight.N for weight in weights),
+        first.K,
+        torch.cat([weight.qweight for weight in weights]),
+        torch.cat([weight.scales for weight in weights]),
+        torch.cat(qzeros) if qzeros else None,
+        first.g_idx,
+    )

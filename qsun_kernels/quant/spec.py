@@ -29,13 +29,16 @@ class QuantSpec:
     symmetric: bool
 
     def __post_init__(self) -> None:
-        # 4.0 == 4, but shifting by it fails far from here: the type is part of the value.
-        if type(self.bits) is not int or self.bits not in SUPPORTED_BITS:
-            raise ValueError(f"bits is {self.bits!r}, expected one of {SUPPORTED_BITS}")
-        if type(self.group_size) not in (int, str) or self.group_size not in SUPPORTED_GROUP_SIZES:
-            raise ValueError(f"group_size is {self.group_size!r}, expected one of {SUPPORTED_GROUP_SIZES}")
-        if not isinstance(self.symmetric, bool):
-            raise TypeError(f"symmetric is {self.symmetric!r}, expected True or False")
+        # Configurations hand over anything. 4.0 == 4 == Decimal(4): the type is part of the value.
+        bits: object = self.bits
+        group_size: object = self.group_size
+        symmetric: object = self.symmetric
+        if type(bits) is not int or bits not in SUPPORTED_BITS:
+            raise ValueError(f"bits is {bits!r}, expected one of {SUPPORTED_BITS}")
+        if type(group_size) not in (int, str) or group_size not in SUPPORTED_GROUP_SIZES:
+            raise ValueError(f"group_size is {group_size!r}, expected one of {SUPPORTED_GROUP_SIZES}")
+        if not isinstance(symmetric, bool):
+            raise TypeError(f"symmetric is {symmetric!r}, expected True or False")
 
     @property
     def max_code(self) -> int:
