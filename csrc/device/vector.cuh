@@ -1,0 +1,73 @@
+// Vectors of elements in registers, moved by the widest loads and stores that their alignment allows.
+#pragma once
+
+#include <cstdint>
+
+#include "device/dtype.cuh"
+
+namespace qsun {
+
+constexpr int kLoadBytes = 16;  // the widest load of one thread
+
+// Elements of T in a 16-byte load.
+template <typename T>
+constexpr int kWidth = kLoadBytes / static_cast<int>(sizeof(T));
+
+// kSize consecutive elements. Their size in bytes is that of one element, or a multiple of 16.
+template <typename T, int kSize>
+struct Vector {
+  static constexpr int kBytes = kSize * static_cast<int>(sizeof(T));
+  static_assert(kSize == 1 || kBytes % kLoadBytes == 0);
+  T data[kSize];
+};
+
+// Reads a vector at `source`, aligned to 16 bytes, or to one element when kSize is 1.
+template <int kSize, typename T>
+__device__ __forceinline__ Vector<T, kSize> load(const T* source) {
+  Vector<T, kSize> result;
+  if constexpr (kSize == 1) {
+    result.data[0] = *source;
+  } else {
+    uint4 words[Vector<T, kSize>::kBytes / kLoadBytes];
+#pragma unroll
+    for (int i = 0; i < Vector<T, kSize>::kBytes / kLoadBytes; ++i) {
+      words[i] = reinterpret_cast<const uint4*>(source)[i];
+    }
+    memcpy(result.data, words, sizeof(words));
+  }
+  return result;
+}
+
+// The same through the read-only path: nothing may write the memory while the kernel runs.
+template <int kSize, typename T>
+__device__ __forceinline__ Vector<T, kSize> load_readonly(const T* source) {
+  Vector<T, kSize> result;
+  if constexpr (kSize == 1) {
+    result.data[0] = __ldg(source);
+  } else {
+    uint4 words[Vector<T, kSize>::kBytes / kLoadBytes];
+#pragma unroll
+    for (int i = 0; i < Vector<T, kSize>::kBytes / kLoadBytes; ++i) {
+      words[i] = __ldg(reinterpret_cast<const uint4*>(source) + i);
+    }
+    memcpy(result.data, words, sizeof(words));
+  }
+  return result;
+}
+
+// Writes a vector at `target`, aligned as for load.
+template <typename T, int kSize>
+__device__ __forceinline__ void store(T* target, const Vector<T, kSize>& value) {
+  if constexpr (kSize == 1) {
+    *target = value.data[0];
+  } else {
+    uint4 words[Vector<T, kSize>::kBytes / kLoadBytes];
+    memcpy(words, value.data, sizeof(words));
+#pragma unroll
+    for (int i = 0; i < Vector<T, kSize>::kBytes / kLoadBytes; ++i) {
+      reinterpret_cast<uint4*>(target)[i] = words[i];
+    }
+  }
+}
+
+}  // namespace qsun
