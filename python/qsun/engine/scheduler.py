@@ -1,0 +1,255 @@
+"""What is computed next, and whose KV gives way when blocks run out.
+
+One step is one batch: prompt positions (each by the request's own prefill module, chunked within a token
+budget), response positions lost to a preemption (by the decode module), then one token for every sequence
+that is ready, of all models, by the decode module.
+
+Order of arrival is the only priority.  A step walks the sequences from oldest to latest and gives each what
+it needs.  Who lacks a block takes it from the latest arrival that holds some; who finds no later one waits,
+keeping what it has.  The oldest alone never waits: for it even KV that nobody could restore is given up.
+Submission refuses what could not fit an empty pool, so the oldest always ends, then the next is the oldest.
+
+A preempted sequence's KV goes to host memory whole, or, when that is full, is dropped and rebuilt: the prompt
+by its own prefill module, the response by the decode module.  KV that came with the request cannot be rebuilt
+by anything here: such a sequence keeps its blocks, or ends in the error that names what is missing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from qsun.core import Batch, Chunk, FinishReason, Sequence
+from qsun.kv_cache.block_tables import BlockTables
+
+__all__ = ["NoSwap", "Scheduler", "Swap"]
+
+
+class Swap(Protocol):
+    """Host memory for the KV of preempted sequences."""
+
+    def save(self, blocks: list[int]) -> Any | None:
+        """Copy blocks out and return what `restore` takes; None when there is no room."""
+
+    def restore(self, saved: Any, blocks: list[int]) -> None:
+        """Copy the saved content into the first of these blocks and free its room."""
+
+    def drop(self, saved: Any) -> None:
+        """Free the room of saved content that nobody will ask for."""
+
+
+class NoSwap:
+    """No host memory at all: every preemption is a rebuild."""
+
+    def save(self, blocks: list[int]) -> None:
+        return None
+
+    def restore(self, saved: Any, blocks: list[int]) -> None:
+        raise AssertionError("nothing was saved")
+
+    def drop(self, saved: Any) -> None:
+        raise AssertionError("nothing was saved")
+
+
+class Scheduler:
+    """Moves sequences through queued, prefilling, decoding, swapped and finished.
+
+    max_batch_size: sequences that hold blocks at one time.
+    token_budget: prompt and rebuilt positions computed in one step.
+    """
+
+    def __init__(
+        self, tables: BlockTables, *, max_batch_size: int, token_budget: int, swap: Swap | None = None
+    ) -> None:
+        for name, value in (("max_batch_size", max_batch_size), ("token_budget", token_budget)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.tables = tables
+        self.max_batch_size = max_batch_size
+        self.token_budget = token_budget
+        self.swap: Swap = NoSwap() if swap is None else swap
+        # In order of arrival; a finished sequence leaves.
+        self.live: dict[str, Sequence] = {}
+        self._holding: set[Sequence] = set()
+        self._ended: list[Sequence] = []
+        # Preempted in the step being scheduled.
+        self._gave_way: set[Sequence] = set()
+        self.num_swaps = 0
+        self.num_rebuilds = 0
+        self.num_lost = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Take in a sequence: "queued", or "swapped" with its KV in `saved`."""
+        assert sequence.request_id not in self.live
+        assert not self.live or next(reversed(self.live.values())).arrival < sequence.arrival
+        assert sequence.state in ("queued", "swapped")
+        self.live[sequence.request_id] = sequence
+
+    def finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+        """End a sequence in whatever state it is and take back all it holds."""
+        if sequence.state == "finished":
+            return
+        self.tables.release(sequence)
+        self._holding.discard(sequence)
+        if sequence.saved is not None:
+            self.swap.drop(sequence.saved)
+            sequence.saved = None
+        sequence.state = "finished"
+        sequence.finish_reason = reason
+        sequence.error = error
+        del self.live[sequence.request_id]
+
+    def ended(self) -> list[Sequence]:
+        """The sequences that scheduling itself ended with an error since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def schedule(self) -> Batch:
+        """The next step's work, with all blocks it writes to allocated.
+
+        Sequences in `Batch.decode` may have chunks in the same batch: they are ready once those are computed.
+        """
+        chunks: list[Chunk] = []
+        decode: list[Sequence] = []
+        budget = self.token_budget
+        admitting = True
+        self._gave_way.clear()
+        for sequence in tuple(self.live.values()):
+            if sequence.state == "finished":
+                continue
+            oldest = sequence is next(iter(self.live.values()))
+            if sequence.state in ("queued", "swapped"):
+                # When one cannot enter, later ones wait as well: letting them by would starve it.
+                admitting = admitting and self._admit(sequence, oldest)
+                if not admitting:
+                    continue
+            elif not self._grow(sequence, oldest):
+                admitting = False
+                continue
+            filled, new = self._chunks(sequence, budget)
+            budget -= sum(chunk.length for chunk in new)
+            chunks += new
+            if filled == sequence.fill_target and not sequence.awaits_prefill_logits:
+                decode.append(sequence)
+        return Batch(
+            prefill=tuple(chunk for chunk in chunks if chunk.writer == "prefill"),
+            rebuild=tuple(chunk for chunk in chunks if chunk.writer == "decode"),
+            decode=tuple(decode),
+        )
+
+    def chunk_done(self, chunk: Chunk) -> None:
+        """Note that a chunk's KV is in the cache; what its prefill module wrote becomes findable."""
+        sequence = chunk.sequence
+        assert sequence.num_computed == chunk.start and sequence.state == "prefilling"
+        sequence.num_computed = chunk.end
+        if chunk.writer == "prefill":
+            self.tables.register(sequence)
+        if sequence.num_computed == sequence.fill_target:
+            sequence.state = "decoding"
+
+    def token_done(self, sequence: Sequence, token: int) -> None:
+        """Append a new token: the decode module's, which wrote the KV of the one before, or the first one."""
+        assert sequence.state == "decoding" and sequence.num_computed == sequence.fill_target
+        sequence.num_computed = len(sequence.tokens)
+        sequence.tokens.append(token)
+
+    def _chunks(self, sequence: Sequence, budget: int) -> tuple[int, list[Chunk]]:
+        """Chunks for what is missing before the next token, and the positions filled once they are done."""
+        chunks: list[Chunk] = []
+        position = sequence.num_computed
+        while budget > 0 and position < sequence.fill_target:
+            writer = sequence.writer(position)
+            if writer == "given":
+                self._lose(sequence)
+                return position, []
+            end = sequence.prefill_length if writer == "prefill" else sequence.fill_target
+            length = min(budget, end - position)
+            chunks.append(Chunk(sequence, position, length, writer))
+            position += length
+            budget -= length
+        return position, chunks
+
+    def _admit(self, sequence: Sequence, oldest: bool) -> bool:
+        """Give a sequence without blocks its blocks, and its saved KV back.  False: it has to wait."""
+        if sequence in self._gave_way:
+            return False
+        while True:
+            holders = len(self._holding)
+            if sequence.state == "swapped":
+                missing = self.tables.blocks_for(len(sequence.tokens))
+            else:
+                missing = self.tables.missing_for_admission(sequence)
+            # Whoever enters leaves each of the others room for one more block, or it would soon be thrown
+            # out again.
+            spare = 0 if oldest else holders
+            if holders < self.max_batch_size and missing + spare <= self.tables.pool.num_available:
+                break
+            if not oldest:
+                return False
+            self._preempt_latest(sequence, give_up=True)
+        self._holding.add(sequence)
+        if sequence.state == "swapped":
+            self.tables.reserve(sequence)
+            saved, sequence.saved = sequence.saved, None
+            try:
+                self.swap.restore(saved, sequence.block_ids)
+            except Exception as failure:
+                self._lose(sequence, f"restoring it from host memory failed: {failure}")
+                return False
+        else:
+            self.tables.admit(sequence)
+        sequence.state = "decoding" if sequence.num_computed == sequence.fill_target else "prefilling"
+        return True
+
+    def _grow(self, sequence: Sequence, oldest: bool) -> bool:
+        """Give a sequence the block its last token needs.  False: it has to wait, keeping its blocks."""
+        while self.tables.missing_for_next(sequence) > self.tables.pool.num_available:
+            if not self._preempt_latest(sequence, give_up=oldest):
+                return False
+        self.tables.grow(sequence)
+        return True
+
+    def _preempt_latest(self, sequence: Sequence, *, give_up: bool) -> bool:
+        """Take the blocks of the latest arrival after `sequence` whose KV can come back.
+
+        give_up: if there is none, end the latest one although its KV is lost with that.
+        """
+        later = sorted((s for s in self._holding if s.arrival > sequence.arrival), key=lambda s: -s.arrival)
+        for victim in later:
+            if self._preempt(victim):
+                return True
+        if not give_up:
+            return False
+        assert later, "the oldest sequence does not fit an otherwise empty pool: submission let it in"
+        self._lose(later[0])
+        return True
+
+    def _preempt(self, victim: Sequence) -> bool:
+        """Move a sequence's KV to host memory, or drop what can be rebuilt.  False: neither is possible."""
+        saved = None
+        if victim.num_computed:
+            saved = self.swap.save(victim.block_ids[: self.tables.blocks_for(victim.num_computed)])
+        if saved is not None:
+            victim.saved = saved
+            victim.state = "swapped"
+            self.num_swaps += 1
+        elif victim.given:
+            return False
+        else:
+            victim.num_computed = 0
+            victim.state = "queued"
+            self.num_rebuilds += 1
+        self.tables.release(victim)
+        self._holding.remove(victim)
+        victim.num_preemptions += 1
+        self._gave_way.add(victim)
+        return True
+
+    def _lose(self, sequence: Sequence, why: str | None = None) -> None:
+        if why is None:
+            why = (
+                f"its {sequence.prefill_length} prompt positions came with the request, its cache blocks were"
+                " needed by an older request and the swap space is full; no module here may recompute them"
+            )
+        self.num_lost += 1
+        self.finish(sequence, "error", f"MissingKV: the KV of request {sequence.request_id!r} is gone: {why}")
+        self._ended.append(sequence)
