@@ -82,8 +82,8 @@ class GGUFFile:
         file.tensors["blk.0.attn_q.weight"].shape
         file.read("blk.0.attn_q.weight")    float32
 
-    Raises FileNotFoundError for a missing file and ValueError, naming the file, for one that is not a readable
-    GGUF file.
+    Raises FileNotFoundError for a missing file and ValueError, naming the file, for one that is not a
+    readable GGUF file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
