@@ -96,7 +96,7 @@ def copies_to_overflow(bytes_per_copy: int, device: torch.device) -> int:
     copies = max(2, math.ceil(OVERFLOW * cache / bytes_per_copy))
     if copies > MAX_COPIES:
         raise ValueError(
-            f"bytes_per_copy is {bytes_per_copy}: overflowing a cache of {cache} bytes {OVERFLOW} times takes "
+            f"bytes_per_copy is {bytes_per_copy}: overflowing {cache} bytes of cache {OVERFLOW} times takes "
             f"{copies} copies, expected at most {MAX_COPIES}"
         )
     return copies
