@@ -120,7 +120,8 @@ class SamplingParams:
         0 returns that of the chosen token only; None returns nothing.
     stop: the text ends before the first of these strings.  stop_token_ids: these end it like the model's own
         end-of-sequence ids, which ignore_eos switches off.
-    max_tokens, min_tokens: bounds of the number of new tokens; no end id is drawn before min_tokens.
+    max_tokens, min_tokens: bounds of the number of new tokens; before min_tokens no end id is drawn and no
+        stop string is looked for.
 
     Raises RequestError (a ValueError) naming the field, what was got and what is expected.
     """

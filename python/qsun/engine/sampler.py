@@ -1,0 +1,183 @@
+"""From logits to tokens, for a whole batch in which every row has its own parameters.
+
+The order is min_tokens mask, penalties (repetition over prompt and output as in CTRL, Keskar et al. 2019,
+sec. 4.1; frequency and presence over the output), temperature, top-k, top-p, min-p, draw.  The draw takes the
+largest of logit + Gumbel noise (Gumbel-max: Maddison et al., "A* sampling", 2014, sec. 2), and the noise of
+`noise.py` depends on the request's seed, its step and the vocabulary index only.  So a request's draw does
+not depend on which others are in the batch, as long as its logits do not.
+
+Among equally likely tokens the lowest index goes first, everywhere.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qsun.core import SamplingParams, TokenLogprobs
+from qsun.engine.noise import gumbel_noise, row_key
+
+__all__ = ["SampledTokens", "SamplerRow", "filter_logits", "modify_logits", "sample"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerRow:
+    """What the sampler has to know of one request.
+
+    end_ids: token ids that would end it, kept from being drawn before min_tokens.
+    """
+
+    params: SamplingParams
+    seed: int
+    prompt_token_ids: Items[int]
+    output_token_ids: Items[int]
+    end_ids: tuple[int, ...] = ()
+
+    @property
+    def step(self) -> int:
+        return len(self.output_token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTokens:
+    """One entry a row.  valid: False where the logits were not finite, so that the token means nothing."""
+
+    token_ids: list[int]
+    valid: list[bool]
+    logprobs: list[TokenLogprobs | None]
+
+
+def sample(logits: Tensor, rows: Items[SamplerRow]) -> SampledTokens:
+    """Draw one token a row.
+
+    logits: float32 (B, V), not changed.  rows: B of them.
+    Raises ValueError when the numbers of rows differ.
+    """
+    if logits.dim() != 2 or logits.shape[0] != len(rows):
+        raise ValueError(f"logits have shape {tuple(logits.shape)}, expected ({len(rows)}, vocabulary)")
+    if not rows:
+        return SampledTokens([], [], [])
+    scores = modify_logits(logits, rows)
+    # NaN propagates through the maximum; +inf or nothing but -inf shows there as well.
+    highest = scores.amax(dim=-1)
+    drawn = [index for index, row in enumerate(rows) if not row.params.greedy]
+    if drawn:
+        index = torch.tensor(drawn, device=logits.device)
+        chosen = [rows[i] for i in drawn]
+        noisy = filter_logits(scores[index], [row.params for row in chosen])
+        keys = torch.tensor([row_key(row.seed, row.step) for row in chosen], device=logits.device)
+        noisy += gumbel_noise(keys, logits.shape[1])
+        scores = noisy if len(drawn) == len(rows) else scores.index_copy(0, index, noisy)
+    tokens = scores.argmax(dim=-1)
+    # One copy to the host, which is also where the step waits for the device.
+    token_ids, finite = torch.stack([tokens, torch.isfinite(highest).long()]).tolist()
+    return SampledTokens(token_ids, [bool(f) for f in finite], _logprobs(logits, token_ids, rows))
+
+
+def modify_logits(logits: Tensor, rows: Items[SamplerRow]) -> Tensor:
+    """Logits after the min_tokens mask and the penalties; the same tensor where no row asks for either."""
+    masked = [
+        (index, token)
+        for index, row in enumerate(rows)
+        if row.step < row.params.min_tokens
+        for token in row.end_ids
+    ]
+    entries = [
+        (index, *entry)
+        for index, row in enumerate(rows)
+        if _penalised(row.params)
+        for entry in _penalties(row)
+    ]
+    if not masked and not entries:
+        return logits
+    logits = logits.clone()
+    if entries:
+        at_row, at_token, factor, offset = zip(*entries, strict=True)
+        where = torch.tensor([at_row, at_token], device=logits.device).unbind()
+        change = torch.tensor([factor, offset], dtype=logits.dtype, device=logits.device)
+        values = logits[where]
+        values = torch.where(values > 0, values / change[0], values * change[0]) - change[1]
+        logits[where] = values
+    if masked:
+        at_row, at_token = zip(*masked, strict=True)
+        where = torch.tensor([at_row, at_token], device=logits.device).unbind()
+        logits[where] = float("-inf")
+    return logits
+
+
+def _penalised(params: SamplingParams) -> bool:
+    neutral = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+    return neutral != (1.0, 0.0, 0.0)
+
+
+def _penalties(row: SamplerRow) -> list[tuple[int, float, float]]:
+    """(token, repetition factor, amount taken off) of every token that a penalty touches, each once."""
+    params = row.params
+    counts = Counter(row.output_token_ids)
+    seen = counts.keys() | set(row.prompt_token_ids) if params.repetition_penalty != 1.0 else counts.keys()
+    return [
+        (
+            token,
+            params.repetition_penalty,
+            params.presence_penalty * (counts[token] > 0) + params.frequency_penalty * counts[token],
+        )
+        for token in seen
+    ]
+
+
+def filter_logits(logits: Tensor, params: Items[SamplingParams]) -> Tensor:
+    """Logits over temperature, the largest of each row at 0, with -inf for tokens that must not be drawn.
+
+    logits: float32 (R, V) of rows with a temperature above 0.  Returns a new tensor.
+    """
+    device = logits.device
+    settings = torch.tensor([[p.temperature, p.top_p, p.min_p] for p in params], dtype=torch.float64)
+    temperature, top_p, min_p = settings.to(device)[:, :, None].unbind(dim=1)
+    # Subtracting first keeps a temperature near 0 from making the largest logits infinite, hence equal.
+    scaled = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).float()
+    sorting = [i for i, p in enumerate(params) if p.top_k or p.top_p < 1]
+    if sorting:
+        index = torch.tensor(sorting, device=device)
+        top_k = torch.tensor([[params[i].top_k or logits.shape[1]] for i in sorting], device=device)
+        scaled.index_copy_(0, index, _keep_top(scaled[index], top_k, top_p[index]))
+    if any(p.min_p for p in params):
+        # p >= min_p * p_max, in logarithms, where the largest is 0.
+        scaled.masked_fill_(scaled < min_p.log(), float("-inf"))
+    return scaled
+
+
+def _keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Keep the top_k largest, and of these the fewest whose probabilities reach top_p.
+
+    top_k: int64 (R, 1).  top_p: float64 (R, 1).  The rest becomes -inf.
+    """
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(logits.shape[1], device=logits.device)
+    ordered.masked_fill_(rank >= top_k, float("-inf"))
+    probabilities = ordered.double().softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    # `before` of the first is 0 up to rounding, so at least one is always kept.
+    dropped = (before >= top_p) & (rank > 0) & (top_p < 1) | (rank >= top_k)
+    return logits.masked_fill(torch.empty_like(dropped).scatter_(1, order, dropped), float("-inf"))
+
+
+def _logprobs(logits: Tensor, token_ids: list[int], rows: Items[SamplerRow]) -> list[TokenLogprobs | None]:
+    wanted = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
+    answer: list[TokenLogprobs | None] = [None] * len(rows)
+    if not wanted:
+        return answer
+    index = torch.tensor(wanted, device=logits.device)
+    logprobs = logits[index].log_softmax(dim=-1)
+    chosen = torch.tensor([[token_ids[i]] for i in wanted], device=logits.device)
+    chosen_logprobs = logprobs.gather(1, chosen).squeeze(1).tolist()
+    most = min(max(rows[i].params.logprobs or 0 for i in wanted), logits.shape[1])
+    top_values, top_ids = (part.tolist() for part in logprobs.topk(most, dim=-1))
+    for at, row_index in enumerate(wanted):
+        count = rows[row_index].params.logprobs or 0
+        pairs = zip(top_ids[at][:count], top_values[at][:count], strict=True)
+        answer[row_index] = TokenLogprobs(token_ids[row_index], chosen_logprobs[at], tuple(pairs))
+    return answer
