@@ -1,8 +1,41 @@
-"""Kernels for decoding with quantised weights: operators on torch tensors, with CUDA, Triton and torch behind one call."""
+"""Operators for decoding with quantised weights on torch tensors: CUDA, Triton and torch behind one call."""
 
 from __future__ import annotations
 
 from qsun_kernels.backends.dispatch import use_backend
+from qsun_kernels.backends.problems import PreparedWeight
 from qsun_kernels.errors import BackendUnavailable, KernelLaunchError
+from qsun_kernels.ops import (
+    RopeParameters,
+    apply_rope,
+    dequantize,
+    explain,
+    paged_attention_decode,
+    prepare_weight,
+    rms_norm,
+    rope_cache,
+    silu_and_mul,
+    wna16_linear,
+    write_kv_cache,
+)
+from qsun_kernels.quant import PackedWeight, QuantSpec
 
-__all__ = ["BackendUnavailable", "KernelLaunchError", "use_backend"]
+__all__ = [
+    "BackendUnavailable",
+    "KernelLaunchError",
+    "PackedWeight",
+    "PreparedWeight",
+    "QuantSpec",
+    "RopeParameters",
+    "apply_rope",
+    "dequantize",
+    "explain",
+    "paged_attention_decode",
+    "prepare_weight",
+    "rms_norm",
+    "rope_cache",
+    "silu_and_mul",
+    "use_backend",
+    "wna16_linear",
+    "write_kv_cache",
+]

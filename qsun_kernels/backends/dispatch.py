@@ -1,9 +1,9 @@
 """Which backend runs a problem.
 
-`backend=` of a call beats the context (`use_backend`), which beats the environment variable ``QSUN_BACKEND``. A backend
-named in any of the three ways is taken literally: it runs the problem or `BackendUnavailable` says why it cannot.
-Without a name the first backend of `BACKENDS` that supports the problem is taken; cuda and triton are considered only
-for tensors on a CUDA device.
+`backend=` of a call beats the context (`use_backend`), which beats the environment variable ``QSUN_BACKEND``.
+A backend named in any of the three ways is taken literally: it runs the problem or `BackendUnavailable` says
+why it cannot. Without a name the first backend of `BACKENDS` that supports the problem is taken; cuda and
+triton are considered only for tensors on a CUDA device.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ __all__ = [
     "Choice",
     "forget_choices",
     "launcher",
+    "launcher_of",
     "load_backend",
+    "passed_over",
     "refusal",
     "requested_backend",
     "select",
@@ -72,11 +74,13 @@ def checked_name(name: str, source: str) -> BackendName:
     """`name` as a BackendName; ValueError naming `source` (where the name came from) when it is none."""
     if name not in BACKENDS:
         raise ValueError(f"{source} is {name!r}; expected one of {', '.join(map(repr, BACKENDS))}")
-    return cast(BackendName, name)
+    return name
 
 
 def requested_backend(backend: str | None = None) -> BackendName | None:
-    """The backend asked for by the call, else by the context, else by the environment; None when nobody asked."""
+    """The backend asked for by the call, else by the context, else by the environment; None when nobody
+    asked.
+    """
     if backend is not None:
         return checked_name(backend, "backend")
     from_context = _context_backend.get()
@@ -90,15 +94,17 @@ def requested_backend(backend: str | None = None) -> BackendName | None:
 
 @contextmanager
 def use_backend(name: BackendName) -> Iterator[None]:
-    """Ask for one backend in every operator call of the block (of this thread or task) that names none itself.
+    """Ask for one backend in every operator call of the block (of this thread or task) that names none
+    itself.
 
-    Raises ValueError for an unknown name. Enter it around a compiled function, not inside: a compiled graph reads the
-    context when it runs, so a block inside it would be gone by then, and raises RuntimeError instead.
+    Raises ValueError for an unknown name. Enter it around a compiled function, not inside: a compiled graph
+    reads the context when it runs, so a block inside it would be gone by then, and raises RuntimeError
+    instead.
     """
     if torch.compiler.is_compiling():
         raise RuntimeError(
-            "use_backend was entered inside a function that torch.compile traces, where it would have no effect; "
-            "enter it around the compiled call, or pass backend= to the operator"
+            "use_backend was entered inside a function that torch.compile traces, where it would have no "
+            "effect; enter it around the compiled call, or pass backend= to the operator"
         )
     token = _context_backend.set(checked_name(name, "name"))
     try:
@@ -120,8 +126,8 @@ def refusal(backend: BackendName, problem: Problem) -> str | None:
     return implementation.supports(problem)
 
 
-def _considered(backend: BackendName, problem: Problem) -> str | None:
-    """Why the automatic choice passes over `backend`; None when it would take it."""
+def passed_over(backend: BackendName, problem: Problem) -> str | None:
+    """Why the automatic choice passes over `backend`; None when it may take it."""
     if backend != "torch" and problem.device.type != "cuda":
         return f"considered for CUDA tensors only, device is {problem.device}"
     return refusal(backend, problem)
@@ -131,7 +137,8 @@ def _considered(backend: BackendName, problem: Problem) -> str | None:
 def select(problem: Problem, requested: BackendName | None = None) -> Choice:
     """The implementation that runs `problem`.
 
-    requested: a backend to take literally, None for the automatic choice; callers pass what `requested_backend` says.
+    requested: a backend to take literally, None for the automatic choice; callers pass what
+    `requested_backend` says.
     Raises BackendUnavailable with the reason, or with every backend's reason when the choice was automatic.
     """
     if requested is not None:
@@ -141,7 +148,7 @@ def select(problem: Problem, requested: BackendName | None = None) -> Choice:
         return Choice(requested, load_backend(requested).IMPLEMENTATIONS[problem.operator])
     reasons: list[str] = []
     for backend in BACKENDS:
-        reason = _considered(backend, problem)
+        reason = passed_over(backend, problem)
         if reason is None:
             return Choice(backend, load_backend(backend).IMPLEMENTATIONS[problem.operator])
         reasons.append(f"{backend}: {reason}")
@@ -154,13 +161,22 @@ def launcher(
 ) -> Callable[..., Any]:
     """`run` of the implementation chosen for ``problem_type(*fields)``.
 
-    The eager path of an operator calls this at every step: a remembered answer costs one hash of the plain fields,
-    where making and hashing the problem itself would cost several times that.
+    The eager path of an operator calls this at every step: a remembered answer costs one hash of the plain
+    fields, where making and hashing the problem itself would cost several times that.
     """
     return select(problem_type(*fields), requested).implementation.run
 
 
+@lru_cache(maxsize=64)
+def launcher_of(backend: BackendName, operator: str) -> Callable[..., Any]:
+    """`run` of an operator of one backend, for a weight that was prepared for it: no choice is left."""
+    reason = load_backend(backend).unavailable()
+    if reason is not None:
+        raise BackendUnavailable(operator, backend, reason)
+    return load_backend(backend).IMPLEMENTATIONS[operator].run
+
+
 def forget_choices() -> None:
     """Forget every remembered choice, so that the next call asks the backends again."""
-    for remembered in (refusal, select, launcher):
+    for remembered in (refusal, select, launcher, launcher_of):
         remembered.cache_clear()

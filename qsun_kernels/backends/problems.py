@@ -1,8 +1,8 @@
 """What a backend is asked, and what it answers.
 
-A *problem* is everything about an operator call that decides which kernel can run it and that does not change from
-one decode step to the next: widths, dtypes and the device, never the batch size or the lengths. Problems are hashable,
-so that a choice is made once and remembered.
+A *problem* is everything about an operator call that decides which kernel can run it and that does not change
+from one decode step to the next: widths, dtypes and the device, never the batch size or the lengths. Problems
+are hashable, so that a choice is made once and remembered.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ BACKENDS: tuple[BackendName, ...] = ("cuda", "triton", "torch")
 class Wna16Problem:
     """``x (M, K) @ dequantised weight (N, K).T`` with `bits`-bit codes and one scale a `group_size` inputs.
 
-    dtype: of activations, scales and output. group_size: a number of input columns, or ``"channel"`` (one group a row).
-    symmetric: no stored zero points. has_g_idx: groups are given column by column (act-order).
+    dtype: of activations, scales and output. group_size: a number of input columns, or ``"channel"`` (one
+    group a row). symmetric: no stored zero points. has_g_idx: groups are given column by column (act-order).
     """
 
     operator: ClassVar[str] = "wna16_linear"
@@ -78,7 +78,8 @@ class DequantizeProblem:
 class PagedAttentionDecodeProblem:
     """One query token a request against its blocks of the KV cache.
 
-    window: number of last positions attended to, None for all. dtype: of q and of the output; kv_dtype: of the cache.
+    window: number of last positions attended to, None for all. dtype: of q and of the output; kv_dtype: of
+    the cache.
     """
 
     operator: ClassVar[str] = "paged_attention_decode"
@@ -158,9 +159,9 @@ Problem: TypeAlias = (
 class Implementation:
     """One operator of one backend.
 
-    supports: None when the backend can run the problem, else why not, in one line with the values that decided.
-    run: the launcher; takes validated arguments by position (the order of the operator's own signature).
-    describe: in one line, which kernel `run` would use for the problem.
+    supports: None when the backend can run the problem, else why not, in one line with the values that
+    decided. run: the launcher; takes validated arguments by position (the order of the operator's own
+    signature). describe: in one line, which kernel `run` would use for the problem.
     """
 
     supports: Callable[[Any], str | None]
@@ -172,8 +173,8 @@ class Implementation:
 class LinearImplementation(Implementation):
     """`wna16_linear` of one backend, which also prepares weights.
 
-    prepare: (packed weight on the device of its use, with scales already in `dtype`; dtype of the activations) ->
-    the weight in the layout that `run` reads.
+    prepare: (packed weight on the device of its use, with scales already in `dtype`; dtype of the
+    activations) -> the weight in the layout that `run` reads.
     """
 
     prepare: Callable[[PackedWeight, torch.dtype], PreparedWeight]
@@ -184,8 +185,8 @@ class PreparedWeight:
     """A quantised weight (N, K) laid out for the backend that will multiply by it.
 
     dtype: of the activations it was prepared for. layout: names what `tensors` hold: ``"cuda.rows"`` and
-    ``"triton.rows"`` the canonical (qweight, scales[, qzeros][, g_idx]), ``"torch.int4pack"`` and ``"torch.dense"``
-    what qsun_kernels/backends/reference/wna16_linear.py says.
+    ``"triton.rows"`` the canonical (qweight, scales[, qzeros][, g_idx]), ``"torch.int4pack"`` and
+    ``"torch.dense"`` what qsun_kernels/backends/reference/wna16_linear.py says.
     """
 
     spec: QuantSpec

@@ -1,0 +1,33 @@
+"""The torch backend: what every operator means, and what runs where no kernel does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qsun_kernels.backends.problems import Implementation
+from qsun_kernels.backends.reference import (
+    apply_rope,
+    dequantize,
+    paged_attention_decode,
+    rms_norm,
+    silu_and_mul,
+    wna16_linear,
+    write_kv_cache,
+)
+
+__all__ = ["IMPLEMENTATIONS", "unavailable"]
+
+IMPLEMENTATIONS: Mapping[str, Implementation] = {
+    "apply_rope": apply_rope.IMPLEMENTATION,
+    "dequantize": dequantize.IMPLEMENTATION,
+    "paged_attention_decode": paged_attention_decode.IMPLEMENTATION,
+    "rms_norm": rms_norm.IMPLEMENTATION,
+    "silu_and_mul": silu_and_mul.IMPLEMENTATION,
+    "wna16_linear": wna16_linear.IMPLEMENTATION,
+    "write_kv_cache": write_kv_cache.IMPLEMENTATION,
+}
+
+
+def unavailable() -> str | None:
+    """Why the backend cannot run here: never, it needs torch alone."""
+    return None

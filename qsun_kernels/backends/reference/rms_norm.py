@@ -1,0 +1,41 @@
+"""rms_norm in torch: float32 arithmetic, one rounding to the dtype of x."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qsun_kernels.backends.problems import Implementation, RmsNormProblem
+from qsun_kernels.backends.reference.dtypes import refuse_dtypes
+
+
+def supports(problem: RmsNormProblem) -> str | None:
+    """Every width, on every device."""
+    return refuse_dtypes(dtype=problem.dtype)
+
+
+def describe(problem: RmsNormProblem) -> str:
+    """What runs."""
+    return "torch operations in float32"
+
+
+def run(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+    """``y = r / sqrt(mean(r**2) + eps) * weight`` (arXiv 1910.07467), r = x, or x + residual rounded to
+    x.dtype.
+
+    x, residual (..., H), weight (H,) -> y (..., H), or (y, r) with a residual. The squares are float32: they
+    overflow, and y becomes zero, from magnitudes of about 1e19 on, which only float32 and bfloat16 can hold.
+    """
+    if residual is None:
+        return _normalise(x, weight, eps)
+    r = x + residual
+    return _normalise(r, weight, eps), r
+
+
+def _normalise(r: Tensor, weight: Tensor, eps: float) -> Tensor:
+    r32 = r.float()
+    scale = torch.rsqrt(r32.square().mean(-1, keepdim=True).add_(eps))
+    return (r32 * scale).mul_(weight).to(r.dtype)
+
+
+IMPLEMENTATION = Implementation(supports=supports, run=run, describe=describe)

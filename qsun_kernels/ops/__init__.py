@@ -1,0 +1,27 @@
+"""The operators: one file each, with its signature, its checks and its registration as `torch.ops.qsun.*`."""
+
+from __future__ import annotations
+
+from qsun_kernels.ops.apply_rope import apply_rope
+from qsun_kernels.ops.dequantize import dequantize
+from qsun_kernels.ops.explain import explain
+from qsun_kernels.ops.paged_attention_decode import paged_attention_decode
+from qsun_kernels.ops.rms_norm import rms_norm
+from qsun_kernels.ops.rope_cache import RopeParameters, rope_cache
+from qsun_kernels.ops.silu_and_mul import silu_and_mul
+from qsun_kernels.ops.wna16_linear import prepare_weight, wna16_linear
+from qsun_kernels.ops.write_kv_cache import write_kv_cache
+
+__all__ = [
+    "RopeParameters",
+    "apply_rope",
+    "dequantize",
+    "explain",
+    "paged_attention_decode",
+    "prepare_weight",
+    "rms_norm",
+    "rope_cache",
+    "silu_and_mul",
+    "wna16_linear",
+    "write_kv_cache",
+]
