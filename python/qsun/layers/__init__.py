@@ -1,0 +1,1 @@
+"""The layers of a decoder, on the operators of `qsun_kernels`.  Inference only: no layer has a gradient."""

@@ -1,0 +1,166 @@
+"""Linear layers: 16-bit or low-bit weights behind one call, and how several projections become one matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qsun_kernels import PackedWeight, PreparedWeight, wna16_linear
+
+
+class Linear(Protocol):
+    """y = x @ W.T (+ bias) (+ residual), with x (..., K), residual and y (..., N)."""
+
+    @property
+    def N(self) -> int:
+        """Output features."""
+
+    @property
+    def K(self) -> int:
+        """Input features."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the layer keeps and that one call reads."""
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Apply the layer."""
+
+
+class DenseLinear:
+    """A linear layer with an ordinary weight (N, K) and an optional bias (N,) of the same dtype."""
+
+    __slots__ = ("bias", "weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        if weight.dim() != 2:
+            raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (N, K)")
+        if bias is not None and (tuple(bias.shape) != (weight.shape[0],) or bias.dtype != weight.dtype):
+            raise ValueError(
+                f"bias is {bias.dtype} {tuple(bias.shape)}, expected {weight.dtype} ({weight.shape[0]},)"
+            )
+        self.weight = weight
+        self.bias = bias
+
+    @property
+    def N(self) -> int:
+        """Output features."""
+        return self.weight.shape[0]
+
+    @property
+    def K(self) -> int:
+        """Input features."""
+        return self.weight.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weight and bias."""
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x (..., K) -> (..., N), plus residual (..., N) when given."""
+        y = functional.linear(x, self.weight, self.bias)
+        return y if residual is None else y + residual
+
+
+class QuantLinear:
+    """A linear layer with a low-bit weight, prepared once for the backend that `prepare_weight` chose."""
+
+    __slots__ = ("bias", "weight")
+
+    def __init__(self, weight: PreparedWeight, bias: Tensor | None = None) -> None:
+        if bias is not None and (tuple(bias.shape) != (weight.N,) or bias.dtype != weight.dtype):
+            raise ValueError(
+                f"bias is {bias.dtype} {tuple(bias.shape)}, expected {weight.dtype} ({weight.N},)"
+            )
+        self.weight = weight
+        self.bias = bias
+
+    @property
+    def N(self) -> int:
+        """Output features."""
+        return self.weight.N
+
+    @property
+    def K(self) -> int:
+        """Input features."""
+        return self.weight.K
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the prepared weight and the bias."""
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x (..., K) -> (..., N), plus residual (..., N) when given."""
+        return wna16_linear(x, self.weight, self.bias, residual)
+
+
+class SplitLinear:
+    """Projections of one input that cannot be one matrix: their weights have different specs or act-orders.
+
+    Gives what the one matrix would give, at the price of a launch a part and a concatenation.
+    """
+
+    __slots__ = ("parts",)
+
+    def __init__(self, parts: Sequence[Linear]) -> None:
+        if len({part.K for part in parts}) != 1:
+            raise ValueError(f"parts have K of {[part.K for part in parts]}, expected one K for all")
+        self.parts = tuple(parts)
+
+    @property
+    def N(self) -> int:
+        """Output features of all parts together."""
+        return sum(part.N for part in self.parts)
+
+    @property
+    def K(self) -> int:
+        """Input features."""
+        return self.parts[0].K
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.nbytes for part in self.parts)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x (..., K) -> (..., N): the parts' outputs side by side, plus residual (..., N) when given."""
+        y = torch.cat([part(x) for part in self.parts], dim=-1)
+        return y if residual is None else y + residual
+
+
+def concatenate_rows(weights: Sequence[PackedWeight]) -> PackedWeight | None:
+    """Stack packed weights along N into the one weight (sum of N, K).
+
+    Returns None when they are not one matrix: specs, K, scale dtypes or group indices differ.
+    Every row keeps its own codes, scales and zeros, so the result is bit for bit the same function.
+    """
+    first = weights[0]
+    for other in weights[1:]:
+        same_groups = (
+            other.g_idx is None
+            if first.g_idx is None
+            else other.g_idx is not None and torch.equal(first.g_idx, other.g_idx)
+        )
+        if (
+            other.spec != first.spec
+            or other.K != first.K
+            or other.scales.dtype != first.scales.dtype
+            or not same_groups
+        ):
+            return None
+    zeros = [weight.qzeros for weight in weights if weight.qzeros is not None]
+    return PackedWeight(
+        first.spec,
+        sum(weight.N for weight in weights),
+        first.K,
+        torch.cat([weight.qweight for weight in weights]),
+        torch.cat([weight.scales for weight in weights]),
+        torch.cat(zeros) if zeros else None,
+        first.g_idx,
+    )

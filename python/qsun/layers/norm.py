@@ -1,0 +1,31 @@
+"""Root-mean-square normalisation with its residual add."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from qsun_kernels import rms_norm
+
+
+class RMSNorm:
+    """Scale every row to unit root mean square, then by `weight` (H,) (Zhang and Sennrich 2019, equation
+    4)."""
+
+    __slots__ = ("eps", "weight")
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self.weight = weight
+        self.eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (..., H) -> (..., H)."""
+        return rms_norm(x, self.weight, eps=self.eps)
+
+    def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Add x (..., H) to the residual stream and normalise the sum.
+
+        Returns (normalised, new residual stream).  residual None means that x starts the stream.
+        """
+        if residual is None:
+            return self(x), x
+        return rms_norm(x, self.weight, eps=self.eps, residual=residual)

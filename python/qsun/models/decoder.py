@@ -1,0 +1,95 @@
+"""The decoder stack: every layer between the embedding and the lm_head, for prefill chunks and decode batches
+alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from qsun.core import ForwardContext
+from qsun.kv_cache.tensors import KVCache
+from qsun.layers.attention import Attention
+from qsun.layers.mlp import GatedMLP
+from qsun.layers.norm import RMSNorm
+from qsun.models.config import ModelConfig
+
+
+class DecoderLayer:
+    """Attention and feed-forward, each behind a norm (pre-norm residual layer)."""
+
+    __slots__ = ("attention", "attention_norm", "mlp", "mlp_norm")
+
+    def __init__(
+        self, attention_norm: RMSNorm, attention: Attention, mlp_norm: RMSNorm, mlp: GatedMLP
+    ) -> None:
+        self.attention_norm = attention_norm
+        self.attention = attention
+        self.mlp_norm = mlp_norm
+        self.mlp = mlp
+
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        ctx: ForwardContext,
+        kv: tuple[Tensor, Tensor],
+        cos_sin: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """x (T, H) is the last layer's output, not yet added to the residual stream (T, H).
+
+        Returns this layer's output and the stream, in the same state: the next norm does the addition.
+        """
+        x, residual = self.attention_norm.add(x, residual)
+        x = self.attention(x, ctx, kv, cos_sin)
+        x, residual = self.mlp_norm.add(x, residual)
+        return self.mlp(x), residual
+
+
+class DecoderStack:
+    """All layers and the final norm of one module.
+
+    Nothing here reads a tensor's value on the host, and for a decode batch no shape depends on lengths, so a
+    decode step can be captured in a CUDA graph.
+
+    cos_sin: float32 (max_positions, head_dim), the rotary table; modules of one shape can share it.
+    """
+
+    __slots__ = ("config", "cos_sin", "layers", "norm")
+
+    def __init__(
+        self, config: ModelConfig, layers: Sequence[DecoderLayer], norm: RMSNorm, cos_sin: Tensor
+    ) -> None:
+        if len(layers) != config.num_layers:
+            raise ValueError(f"layers has {len(layers)} entries, expected {config.num_layers}")
+        self.config = config
+        self.layers = tuple(layers)
+        self.norm = norm
+        self.cos_sin = cos_sin
+
+    def forward(self, hidden: Tensor, ctx: ForwardContext, kv_cache: KVCache) -> Tensor:
+        """hidden (T, H) of embedded tokens -> (T, H) after the final norm; T may be 0.
+
+        Writes the keys and values of the T tokens to `kv_cache` at ctx.slot_mapping in every layer.
+        """
+        residual: Tensor | None = None
+        x = hidden
+        for layer, kv in zip(self.layers, kv_cache.layers, strict=True):
+            x, residual = layer(x, residual, ctx, kv, self.cos_sin)
+        return self.norm.add(x, residual)[0]
+
+    __call__ = forward
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights of all layers and norms, the rotary table not included."""
+        return self.norm.weight.nbytes + sum(_layer_bytes(layer) for layer in self.layers)
+
+
+def _layer_bytes(layer: DecoderLayer) -> int:
+    attention, mlp = layer.attention, layer.mlp
+    linears = (attention.qkv, attention.o, mlp.gate_up, mlp.down)
+    norms = (layer.attention_norm, layer.mlp_norm, attention.q_norm, attention.k_norm)
+    return sum(linear.nbytes for linear in linears) + sum(
+        norm.weight.nbytes for norm in norms if norm is not None
+    )
