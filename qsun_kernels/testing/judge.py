@@ -1,0 +1,122 @@
+"""Is this result of this operator right? One function an operator, by the rule of `tolerances` against
+`oracles`.
+
+Scales of packed weights must be in the dtype of the activations (`PackedWeight.with_scales`), as
+`prepare_weight` makes them: rounding them is part of loading a model, not of the product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qsun_kernels.quant import PackedWeight
+from qsun_kernels.testing import oracles
+from qsun_kernels.testing.inputs import PagedAttentionInputs
+from qsun_kernels.testing.tolerances import Comparison, all_of, compare, compare_bits
+
+__all__ = [
+    "judge_apply_rope",
+    "judge_dequantize",
+    "judge_paged_attention_decode",
+    "judge_rms_norm",
+    "judge_silu_and_mul",
+    "judge_wna16_linear",
+    "judge_write_kv_cache",
+]
+
+
+def judge_rms_norm(
+    got: Tensor | tuple[Tensor, Tensor],
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+) -> Comparison:
+    """got: the norm, or (norm, r) when there is a residual; r has to be the correctly rounded sum."""
+    if residual is None:
+        assert isinstance(got, Tensor)
+        return _judge_norm(got, x, weight, eps)
+    norm, r = got
+    expected = (x.double() + residual.double()).to(x.dtype)
+    return all_of([compare_bits("rms_norm r", r, expected), _judge_norm(norm, expected, weight, eps)])
+
+
+def _judge_norm(norm: Tensor, r: Tensor, weight: Tensor, eps: float) -> Comparison:
+    exact, plain = oracles.exact_rms_norm(r, weight, eps), oracles.plain_rms_norm(r, weight, eps)
+    return compare("rms_norm", norm, exact, plain, scale="element")
+
+
+def judge_silu_and_mul(got: Tensor, x: Tensor) -> Comparison:
+    """got: (..., F) for x (..., 2F)."""
+    return compare("silu_and_mul", got, oracles.exact_silu_and_mul(x), oracles.plain_silu_and_mul(x))
+
+
+def judge_apply_rope(
+    got: tuple[Tensor, Tensor], q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor
+) -> Comparison:
+    """got: (q, k) turned."""
+    return all_of(
+        compare(
+            f"apply_rope {name}",
+            turned,
+            oracles.exact_apply_rope(heads, positions, cos_sin),
+            oracles.plain_apply_rope(heads, positions, cos_sin),
+        )
+        for name, turned, heads in zip("qk", got, (q, k), strict=True)
+    )
+
+
+def judge_write_kv_cache(
+    got: tuple[Tensor, Tensor],
+    before: tuple[Tensor, Tensor],
+    k: Tensor,
+    v: Tensor,
+    slot_mapping: Tensor,
+) -> Comparison:
+    """got, before: (k_cache, v_cache) after and before the call. Every bit of both caches counts."""
+    return all_of(
+        compare_bits(f"write_kv_cache {name}_cache", cache, oracles.written_cache(old, rows, slot_mapping))
+        for name, cache, old, rows in zip("kv", got, before, (k, v), strict=True)
+    )
+
+
+def judge_paged_attention_decode(got: tuple[Tensor, Tensor], inputs: PagedAttentionInputs) -> Comparison:
+    """got: (out, lse)."""
+    exact_out, exact_lse, out_terms, lse_terms = oracles.exact_paged_attention_decode(inputs)
+    plain_out, plain_lse = oracles.plain_paged_attention_decode(inputs)
+    return all_of(
+        [
+            compare("paged_attention_decode out", got[0], exact_out, plain_out, terms=out_terms),
+            compare("paged_attention_decode lse", got[1], exact_lse, plain_lse, terms=lse_terms),
+        ]
+    )
+
+
+def judge_wna16_linear(
+    got: Tensor,
+    x: Tensor,
+    packed: PackedWeight,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    columns: Tensor | None = None,
+) -> Comparison:
+    """got: (..., N). columns: int64, outputs to look at when all would take too much float64 memory."""
+    if got.shape != (*x.shape[:-1], packed.N):
+        report = f"wna16_linear: got {tuple(got.shape)}, expected {(*x.shape[:-1], packed.N)}"
+        return Comparison(False, float("inf"), 0.0, 0.0, report)
+    if columns is not None:
+        got, packed = got[..., columns], oracles.take_rows(packed, columns)
+        bias = None if bias is None else bias[columns]
+        residual = None if residual is None else residual[..., columns]
+    exact, terms = oracles.exact_linear(x, packed, bias, residual)
+    return compare("wna16_linear", got, exact, oracles.plain_linear(x, packed, bias, residual), terms=terms)
+
+
+def judge_dequantize(got: Tensor, packed: PackedWeight, dtype: torch.dtype) -> Comparison:
+    """got: (N, K). The product of two float32 numbers, rounded to dtype, bit for bit."""
+    groups = packed.column_groups()
+    zeros = packed.spec.zero_point if packed.qzeros is None else packed.qzeros.int()[:, groups]
+    expected = (packed.codes().int() - zeros).float() * packed.scales.float()[:, groups]
+    return compare_bits("dequantize", got, expected.to(dtype))

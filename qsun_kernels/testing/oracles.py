@@ -1,0 +1,187 @@
+"""What each operator should give: in float64, and as one would write it in torch at the precision of the
+inputs.
+
+The float64 forms share no code with the backends. The plain forms are the other half of the tolerance rule
+(see `tolerances`): torch's own functions in the dtype of the inputs, with a rounding after each.
+Shapes are those of the operators.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qsun_kernels.quant import PackedWeight
+from qsun_kernels.testing.inputs import PagedAttentionInputs
+
+__all__ = [
+    "cached_tokens",
+    "exact_apply_rope",
+    "exact_linear",
+    "exact_paged_attention_decode",
+    "exact_rms_norm",
+    "exact_silu_and_mul",
+    "exact_weight",
+    "plain_apply_rope",
+    "plain_linear",
+    "plain_paged_attention_decode",
+    "plain_rms_norm",
+    "plain_silu_and_mul",
+    "take_rows",
+    "written_cache",
+]
+
+
+def exact_rms_norm(r: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The norm of r (..., H), to which a residual has been added already."""
+    wide = r.double()
+    return wide / (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+
+
+def plain_rms_norm(r: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """torch's own norm."""
+    return functional.rms_norm(r, (r.shape[-1],), weight, eps)
+
+
+def exact_silu_and_mul(x: Tensor) -> Tensor:
+    """Gate in the first half of each row, up in the second."""
+    half = x.shape[-1] // 2
+    gate, up = x[..., :half].double(), x[..., half:].double()
+    return gate * torch.sigmoid(gate) * up
+
+
+def plain_silu_and_mul(x: Tensor) -> Tensor:
+    """Two operations of torch."""
+    half = x.shape[-1] // 2
+    return functional.silu(x[..., :half]) * x[..., half:]
+
+
+def exact_apply_rope(heads: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
+    """One of q and k: each pair is a complex number, and its angle's cosine and sine another."""
+    half = heads.shape[-1] // 2
+    wide, angles = heads.double(), cos_sin.double()[positions][:, None, :]
+    turned = torch.complex(wide[..., :half], wide[..., half:]) * torch.complex(
+        angles[..., :half], angles[..., half:]
+    )
+    return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+def plain_apply_rope(heads: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
+    """The formula that model code uses, with cosines and sines in the dtype of the heads."""
+    half = heads.shape[-1] // 2
+    cos, sin = cos_sin[positions][:, None, :].to(heads.dtype).chunk(2, dim=-1)
+    other = torch.cat((-heads[..., half:], heads[..., :half]), dim=-1)
+    return heads * torch.cat((cos, cos), dim=-1) + other * torch.cat((sin, sin), dim=-1)
+
+
+def written_cache(cache: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+    """A copy of the cache (num_blocks, H, block_size, D) after rows (T, H, D) went to their slots, one by
+    one.
+    """
+    cache = cache.clone()
+    block_size = cache.shape[2]
+    for row, slot in zip(rows, slots.tolist(), strict=True):
+        if slot >= 0:
+            cache[slot // block_size, :, slot % block_size] = row.to(cache.dtype)
+    return cache
+
+
+def cached_tokens(inputs: PagedAttentionInputs, request: int) -> tuple[Tensor, Tensor]:
+    """Keys and values (tokens, Hkv, D) that a request attends to, one by one out of the cache."""
+    length = int(inputs.seq_lens[request])
+    first = 0 if inputs.window is None else max(0, length - inputs.window)
+    block_size = inputs.k_cache.shape[2]
+    table = inputs.block_table[request].tolist()
+    at = [(table[position // block_size], position % block_size) for position in range(first, length)]
+    blocks = torch.tensor([block for block, _ in at], dtype=torch.long, device=inputs.k_cache.device)
+    offsets = torch.tensor([offset for _, offset in at], dtype=torch.long, device=inputs.k_cache.device)
+    return inputs.k_cache[blocks, :, offsets], inputs.v_cache[blocks, :, offsets]
+
+
+def exact_paged_attention_decode(inputs: PagedAttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out (B, Hq, D), lse (B, Hq), and the sums of absolute terms of both."""
+    B, Hq, D = inputs.q.shape
+    out = torch.zeros(B, Hq, D, dtype=torch.float64, device=inputs.q.device)
+    out_terms = torch.zeros_like(out)
+    lse = torch.full((B, Hq), -torch.inf, dtype=torch.float64, device=inputs.q.device)
+    lse_terms = torch.zeros_like(lse)
+    for request in range(B):
+        keys, values = cached_tokens(inputs, request)
+        if not len(keys):
+            continue
+        group = Hq // keys.shape[1]
+        keys, values = (t.double().repeat_interleave(group, dim=1) for t in (keys, values))
+        q = inputs.q[request].double()
+        scores = torch.einsum("hd,thd->ht", q, keys) * inputs.softmax_scale
+        weights = scores.softmax(-1)
+        out[request] = torch.einsum("ht,thd->hd", weights, values)
+        out_terms[request] = torch.einsum("ht,thd->hd", weights, values.abs())
+        lse[request] = scores.logsumexp(-1)
+        lse_terms[request] = (
+            torch.einsum("hd,thd->ht", q.abs(), keys.abs()).amax(-1) * abs(inputs.softmax_scale)
+            + scores.amax(-1).abs()
+        )
+    return out, lse, out_terms, lse_terms
+
+
+def plain_paged_attention_decode(inputs: PagedAttentionInputs) -> tuple[Tensor, Tensor]:
+    """torch's own attention in the dtype of q, request by request; the logarithm in float32."""
+    B, Hq, _ = inputs.q.shape
+    out = torch.zeros(inputs.q.shape, dtype=inputs.q.dtype, device=inputs.q.device)
+    lse = torch.full((B, Hq), -torch.inf, dtype=torch.float32, device=inputs.q.device)
+    for request in range(B):
+        keys, values = cached_tokens(inputs, request)
+        if not len(keys):
+            continue
+        group = Hq // keys.shape[1]
+        q = inputs.q[request].unsqueeze(1)
+        k, v = (t.to(q.dtype).repeat_interleave(group, dim=1).transpose(0, 1) for t in (keys, values))
+        attended = functional.scaled_dot_product_attention(
+            q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), scale=inputs.softmax_scale
+        )
+        out[request] = attended.view(Hq, -1)
+        scores = (q.float() @ k.float().transpose(1, 2)).squeeze(1) * inputs.softmax_scale
+        lse[request] = scores.logsumexp(-1)
+    return out, lse
+
+
+def exact_weight(packed: PackedWeight) -> Tensor:
+    """(N, K) in float64, from codes, zero points and scales as they are."""
+    groups = packed.column_groups()
+    zeros = packed.spec.zero_point if packed.qzeros is None else packed.qzeros.double()[:, groups]
+    return (packed.codes().double() - zeros) * packed.scales.double()[:, groups]
+
+
+def exact_linear(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None = None, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``x @ W.T (+ bias) (+ residual)`` and the sum of the absolute terms, both (..., N)."""
+    weight, wide = exact_weight(packed), x.double()
+    y, terms = wide @ weight.T, wide.abs() @ weight.abs().T
+    for term in (bias, residual):
+        if term is not None:
+            y, terms = y + term.double(), terms + term.double().abs()
+    return y, terms
+
+
+def plain_linear(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """torch's own linear layer on the weight dequantised to the dtype of x, then the residual."""
+    y = functional.linear(x, exact_weight(packed).to(x.dtype), bias)
+    return y if residual is None else y + residual
+
+
+def take_rows(packed: PackedWeight, rows: Tensor) -> PackedWeight:
+    """The weight of some output rows only, to judge a large product by a sample. rows: int64 (R,)."""
+    qzeros = None if packed.qzeros is None else packed.qzeros[rows]
+    return PackedWeight(
+        packed.spec,
+        len(rows),
+        packed.K,
+        packed.qweight[rows],
+        packed.scales[rows],
+        qzeros,
+        packed.g_idx,
+    )
