@@ -60,7 +60,8 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         stream[:, :, byte] |= codes[:, :, i] << shift
         if shift + bits > 8:
             stream[:, :, byte + 1] |= codes[:, :, i] >> (8 - shift)
-    return stream.reshape(N, runs * run_bytes)[:, :num_bytes].contiguous().view(torch.int32)
+    # A single row is contiguous whatever its stride, and only a copy gives it the stride that the view needs.
+    return stream.reshape(N, runs * run_bytes)[:, :num_bytes].flatten().view(torch.int32).view(N, -1)
 
 
 def unpack_codes(qweight: Tensor, bits: int, K: int) -> Tensor:
