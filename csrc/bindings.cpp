@@ -9,9 +9,15 @@
 #include <string>
 #include <utility>
 
+#include "qsun/apply_rope.h"
+#include "qsun/dequantize.h"
 #include "qsun/device.h"
+#include "qsun/paged_attention_decode.h"
 #include "qsun/rms_norm.h"
+#include "qsun/silu_and_mul.h"
 #include "qsun/types.h"
+#include "qsun/wna16_linear.h"
+#include "qsun/write_kv_cache.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -43,9 +49,18 @@ void raise_status_error(std::exception_ptr error) {
   }
 }
 
-const void* in(uintptr_t address) { return reinterpret_cast<const void*>(address); }
-void* out(uintptr_t address) { return reinterpret_cast<void*>(address); }
-qsun::Stream as_stream(uintptr_t stream) { return reinterpret_cast<qsun::Stream>(stream); }
+template <typename T = void>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// What every Params ends with.
+template <typename Params>
+void place(Params& p, int dtype, int device, uintptr_t stream) {
+  p.dtype = static_cast<qsun::DType>(dtype);
+  p.device = device;
+  p.stream = reinterpret_cast<qsun::Stream>(stream);
+}
 
 template <typename Config>
 py::class_<Config> printable(py::module_& m, const char* name, const char* doc) {
@@ -104,43 +119,254 @@ void bind_device(py::module_& m) {
       "device"_a, "Properties of a device; RuntimeError without a driver or such a device.");
 }
 
-// ---- rms_norm
+// ---- wna16_linear, dequantize
 
-qsun::RmsNormParams rms_norm_params(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t out_,
-                                    uintptr_t residual_out, int64_t num_rows, int64_t hidden_size,
-                                    int64_t x_stride, int64_t residual_stride, float eps, int dtype,
-                                    int device, uintptr_t stream) {
-  qsun::RmsNormParams p;
-  p.x = in(x);
-  p.residual = in(residual);
-  p.weight = in(weight);
-  p.out = out(out_);
-  p.residual_out = out(residual_out);
-  p.num_rows = num_rows;
-  p.hidden_size = hidden_size;
-  p.x_stride = x_stride;
-  p.residual_stride = residual_stride;
-  p.eps = eps;
-  p.dtype = static_cast<qsun::DType>(dtype);
-  p.device = device;
-  p.stream = as_stream(stream);
+void bind_wna16(py::module_& m) {
+  using qsun::Wna16LinearConfig;
+  using qsun::Wna16LinearParams;
+  printable<Wna16LinearConfig>(m, "Wna16LinearConfig", "How wna16_linear is launched.")
+      .def_readonly("tile_m", &Wna16LinearConfig::tile_m)
+      .def_readonly("warps", &Wna16LinearConfig::warps)
+      .def_readonly("grid_n", &Wna16LinearConfig::grid_n)
+      .def_readonly("grid_m", &Wna16LinearConfig::grid_m);
+  m.def(
+      "choose_wna16_linear",
+      [](int64_t M, int64_t N, const qsun::DeviceProps& props) {
+        Wna16LinearParams p;
+        p.M = M;
+        p.N = N;
+        return qsun::choose(p, props);
+      },
+      "M"_a, "N"_a, "props"_a);
+  m.def(
+      "wna16_linear",
+      [](uintptr_t x, uintptr_t qweight, uintptr_t scales, uintptr_t qzeros, uintptr_t g_idx, uintptr_t bias,
+         uintptr_t residual, uintptr_t out, int64_t M, int64_t N, int64_t K, int64_t x_stride,
+         int64_t residual_stride, int64_t out_stride, int bits, int group_size, int dtype, int device,
+         uintptr_t stream) {
+        Wna16LinearParams p;
+        p.x = pointer(x);
+        p.qweight = pointer<uint32_t>(qweight);
+        p.scales = pointer(scales);
+        p.qzeros = pointer<uint8_t>(qzeros);
+        p.g_idx = pointer<int32_t>(g_idx);
+        p.bias = pointer(bias);
+        p.residual = pointer(residual);
+        p.out = pointer(out);
+        p.M = M;
+        p.N = N;
+        p.K = K;
+        p.x_stride = x_stride;
+        p.residual_stride = residual_stride;
+        p.out_stride = out_stride;
+        p.bits = bits;
+        p.group_size = group_size;
+        place(p, dtype, device, stream);
+        check(qsun::wna16_linear(p));
+      },
+      "x"_a, "qweight"_a, "scales"_a, "qzeros"_a, "g_idx"_a, "bias"_a, "residual"_a, "out"_a, "M"_a, "N"_a,
+      "K"_a, "x_stride"_a, "residual_stride"_a, "out_stride"_a, "bits"_a, "group_size"_a, "dtype"_a,
+      "device"_a, "stream"_a);
+  m.def(
+      "dequantize",
+      [](uintptr_t qweight, uintptr_t scales, uintptr_t qzeros, uintptr_t g_idx, uintptr_t out, int64_t N,
+         int64_t K, int bits, int group_size, int scale_dtype, int dtype, int device, uintptr_t stream) {
+        qsun::DequantizeParams p;
+        p.qweight = pointer<uint32_t>(qweight);
+        p.scales = pointer(scales);
+        p.qzeros = pointer<uint8_t>(qzeros);
+        p.g_idx = pointer<int32_t>(g_idx);
+        p.out = pointer(out);
+        p.N = N;
+        p.K = K;
+        p.bits = bits;
+        p.group_size = group_size;
+        p.scale_dtype = static_cast<qsun::DType>(scale_dtype);
+        place(p, dtype, device, stream);
+        check(qsun::dequantize(p));
+      },
+      "qweight"_a, "scales"_a, "qzeros"_a, "g_idx"_a, "out"_a, "N"_a, "K"_a, "bits"_a, "group_size"_a,
+      "scale_dtype"_a, "dtype"_a, "device"_a, "stream"_a);
+}
+
+// ---- paged_attention_decode, write_kv_cache
+
+qsun::PagedAttentionDecodeParams attention_sizes(int64_t batch, int64_t num_q_heads, int64_t num_kv_heads,
+                                                 int64_t head_dim, int64_t block_size, int64_t max_blocks,
+                                                 int64_t window) {
+  qsun::PagedAttentionDecodeParams p;
+  p.batch = batch;
+  p.num_q_heads = num_q_heads;
+  p.num_kv_heads = num_kv_heads;
+  p.head_dim = head_dim;
+  p.block_size = block_size;
+  p.max_blocks = max_blocks;
+  p.window = window;
   return p;
 }
 
-void bind_rms_norm(py::module_& m) {
+void bind_attention(py::module_& m) {
+  using qsun::PagedAttentionDecodeConfig;
+  printable<PagedAttentionDecodeConfig>(m, "PagedAttentionDecodeConfig",
+                                        "How paged_attention_decode is launched.")
+      .def_readonly("head_tile", &PagedAttentionDecodeConfig::head_tile)
+      .def_readonly("head_tiles", &PagedAttentionDecodeConfig::head_tiles)
+      .def_readonly("lanes", &PagedAttentionDecodeConfig::lanes)
+      .def_readonly("num_parts", &PagedAttentionDecodeConfig::num_parts)
+      .def_readonly("grid", &PagedAttentionDecodeConfig::grid);
+  m.def(
+      "choose_paged_attention_decode",
+      [](int64_t batch, int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t block_size,
+         int64_t max_blocks, int64_t window, const qsun::DeviceProps& props) {
+        const auto p =
+            attention_sizes(batch, num_q_heads, num_kv_heads, head_dim, block_size, max_blocks, window);
+        check(qsun::paged_attention_decode_sizes(p));
+        return qsun::choose(p, props);
+      },
+      "batch"_a, "num_q_heads"_a, "num_kv_heads"_a, "head_dim"_a, "block_size"_a, "max_blocks"_a, "window"_a,
+      "props"_a);
+  m.def(
+      "paged_attention_decode_scratch_bytes",
+      [](int64_t batch, int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t block_size,
+         int64_t max_blocks, int64_t window, const qsun::DeviceProps& props) {
+        const auto p =
+            attention_sizes(batch, num_q_heads, num_kv_heads, head_dim, block_size, max_blocks, window);
+        check(qsun::paged_attention_decode_sizes(p));
+        return qsun::paged_attention_decode_scratch_bytes(p, props);
+      },
+      "batch"_a, "num_q_heads"_a, "num_kv_heads"_a, "head_dim"_a, "block_size"_a, "max_blocks"_a, "window"_a,
+      "props"_a);
+  m.def(
+      "paged_attention_decode",
+      [](uintptr_t q, uintptr_t k_cache, uintptr_t v_cache, uintptr_t block_table, uintptr_t seq_lens,
+         uintptr_t out, uintptr_t lse, uintptr_t scratch, int64_t scratch_bytes, int64_t batch,
+         int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t num_blocks, int64_t block_size,
+         int64_t max_blocks, int64_t q_stride, int64_t block_table_stride, int64_t window,
+         float softmax_scale, int dtype, int device, uintptr_t stream) {
+        auto p = attention_sizes(batch, num_q_heads, num_kv_heads, head_dim, block_size, max_blocks, window);
+        p.q = pointer(q);
+        p.k_cache = pointer(k_cache);
+        p.v_cache = pointer(v_cache);
+        p.block_table = pointer<int32_t>(block_table);
+        p.seq_lens = pointer<int32_t>(seq_lens);
+        p.out = pointer(out);
+        p.lse = pointer<float>(lse);
+        p.scratch = pointer(scratch);
+        p.scratch_bytes = scratch_bytes;
+        p.num_blocks = num_blocks;
+        p.q_stride = q_stride;
+        p.block_table_stride = block_table_stride;
+        p.softmax_scale = softmax_scale;
+        place(p, dtype, device, stream);
+        check(qsun::paged_attention_decode(p));
+      },
+      "q"_a, "k_cache"_a, "v_cache"_a, "block_table"_a, "seq_lens"_a, "out"_a, "lse"_a, "scratch"_a,
+      "scratch_bytes"_a, "batch"_a, "num_q_heads"_a, "num_kv_heads"_a, "head_dim"_a, "num_blocks"_a,
+      "block_size"_a, "max_blocks"_a, "q_stride"_a, "block_table_stride"_a, "window"_a, "softmax_scale"_a,
+      "dtype"_a, "device"_a, "stream"_a);
+  m.def(
+      "write_kv_cache",
+      [](uintptr_t k, uintptr_t v, uintptr_t k_cache, uintptr_t v_cache, uintptr_t slot_mapping,
+         int64_t num_tokens, int64_t num_kv_heads, int64_t head_dim, int64_t num_blocks, int64_t block_size,
+         int64_t k_stride, int64_t v_stride, int dtype, int device, uintptr_t stream) {
+        qsun::WriteKvCacheParams p;
+        p.k = pointer(k);
+        p.v = pointer(v);
+        p.k_cache = pointer(k_cache);
+        p.v_cache = pointer(v_cache);
+        p.slot_mapping = pointer<int64_t>(slot_mapping);
+        p.num_tokens = num_tokens;
+        p.num_kv_heads = num_kv_heads;
+        p.head_dim = head_dim;
+        p.num_blocks = num_blocks;
+        p.block_size = block_size;
+        p.k_stride = k_stride;
+        p.v_stride = v_stride;
+        place(p, dtype, device, stream);
+        check(qsun::write_kv_cache(p));
+      },
+      "k"_a, "v"_a, "k_cache"_a, "v_cache"_a, "slot_mapping"_a, "num_tokens"_a, "num_kv_heads"_a,
+      "head_dim"_a, "num_blocks"_a, "block_size"_a, "k_stride"_a, "v_stride"_a, "dtype"_a, "device"_a,
+      "stream"_a);
+}
+
+// ---- the small operators of a decode step
+
+void bind_fused(py::module_& m) {
   printable<qsun::RmsNormConfig>(m, "RmsNormConfig", "How rms_norm is launched.")
       .def_readonly("width", &qsun::RmsNormConfig::width)
       .def_readonly("threads", &qsun::RmsNormConfig::threads);
   m.def(
+      "choose_rms_norm",
+      [](uintptr_t x, int64_t hidden_size, int64_t x_stride, int dtype) {
+        qsun::RmsNormParams p;
+        p.x = pointer(x);
+        p.hidden_size = hidden_size;
+        p.x_stride = x_stride;
+        p.dtype = static_cast<qsun::DType>(dtype);
+        return qsun::choose(p);
+      },
+      "x"_a, "hidden_size"_a, "x_stride"_a, "dtype"_a);
+  m.def(
       "rms_norm",
-      [](uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t out_, uintptr_t residual_out,
+      [](uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t out, uintptr_t residual_out,
          int64_t num_rows, int64_t hidden_size, int64_t x_stride, int64_t residual_stride, float eps,
          int dtype, int device, uintptr_t stream) {
-        check(qsun::rms_norm(rms_norm_params(x, residual, weight, out_, residual_out, num_rows, hidden_size,
-                                             x_stride, residual_stride, eps, dtype, device, stream)));
+        qsun::RmsNormParams p;
+        p.x = pointer(x);
+        p.residual = pointer(residual);
+        p.weight = pointer(weight);
+        p.out = pointer(out);
+        p.residual_out = pointer(residual_out);
+        p.num_rows = num_rows;
+        p.hidden_size = hidden_size;
+        p.x_stride = x_stride;
+        p.residual_stride = residual_stride;
+        p.eps = eps;
+        place(p, dtype, device, stream);
+        check(qsun::rms_norm(p));
       },
       "x"_a, "residual"_a, "weight"_a, "out"_a, "residual_out"_a, "num_rows"_a, "hidden_size"_a, "x_stride"_a,
       "residual_stride"_a, "eps"_a, "dtype"_a, "device"_a, "stream"_a);
+  m.def(
+      "silu_and_mul",
+      [](uintptr_t x, uintptr_t out, int64_t num_rows, int64_t size, int64_t x_stride, int dtype, int device,
+         uintptr_t stream) {
+        qsun::SiluAndMulParams p;
+        p.x = pointer(x);
+        p.out = pointer(out);
+        p.num_rows = num_rows;
+        p.size = size;
+        p.x_stride = x_stride;
+        place(p, dtype, device, stream);
+        check(qsun::silu_and_mul(p));
+      },
+      "x"_a, "out"_a, "num_rows"_a, "size"_a, "x_stride"_a, "dtype"_a, "device"_a, "stream"_a);
+  m.def(
+      "apply_rope",
+      [](uintptr_t q, uintptr_t k, uintptr_t positions, uintptr_t cos_sin, uintptr_t q_out, uintptr_t k_out,
+         int64_t num_tokens, int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t q_stride,
+         int64_t k_stride, int64_t max_positions, int dtype, int device, uintptr_t stream) {
+        qsun::ApplyRopeParams p;
+        p.q = pointer(q);
+        p.k = pointer(k);
+        p.positions = pointer<int64_t>(positions);
+        p.cos_sin = pointer<float>(cos_sin);
+        p.q_out = pointer(q_out);
+        p.k_out = pointer(k_out);
+        p.num_tokens = num_tokens;
+        p.num_q_heads = num_q_heads;
+        p.num_kv_heads = num_kv_heads;
+        p.head_dim = head_dim;
+        p.q_stride = q_stride;
+        p.k_stride = k_stride;
+        p.max_positions = max_positions;
+        place(p, dtype, device, stream);
+        check(qsun::apply_rope(p));
+      },
+      "q"_a, "k"_a, "positions"_a, "cos_sin"_a, "q_out"_a, "k_out"_a, "num_tokens"_a, "num_q_heads"_a,
+      "num_kv_heads"_a, "head_dim"_a, "q_stride"_a, "k_stride"_a, "max_positions"_a, "dtype"_a, "device"_a,
+      "stream"_a);
 }
 
 }  // namespace
@@ -149,5 +375,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Binding of libqsun. Called by qsun_kernels.backends.cuda alone.";
   py::register_exception_translator(raise_status_error);
   bind_device(m);
-  bind_rms_norm(m);
+  bind_wna16(m);
+  bind_attention(m);
+  bind_fused(m);
 }

@@ -3,8 +3,8 @@
     python csrc/compiler_report.py record -- nvcc ... -o x.o     compile, keep the report in x.o.ptxas.txt
     python csrc/compiler_report.py check FOLDER                  check every report under FOLDER
 
-A kernel that spills, or keeps an array in local memory because an index was not a compile-time constant, still
-computes the right thing, several times slower: only this report tells.
+A kernel that spills, or keeps an array in local memory because an index was not a compile-time constant,
+still computes the right thing, several times slower: only this report tells.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 __all__ = ["REGISTER_BOUNDS", "KernelReport", "breaches", "parse", "register_bound"]
 
 REGISTER_BOUNDS = {
-    "wna16_rows_kernel": 128,
+    "wna16_rows_kernel": 152,
     "dequantize_kernel": 40,
     "paged_attention_split_kernel": 255,
     "paged_attention_combine_kernel": 48,

@@ -1,0 +1,10 @@
+#include "wna16/rows.cuh"
+
+namespace qsun {
+
+template <>
+cudaError_t launch_wna16_rows<2>(const Wna16LinearParams& params, const Wna16LinearConfig& config) {
+  return launch_rows<2>(params, config);
+}
+
+}  // namespace qsun
