@@ -1,8 +1,8 @@
 """The errors a user of qsun may have to handle.
 
-Every message names the argument or the file, what was found and what is expected.  Wrong arguments of ordinary
-functions raise `ValueError` or `TypeError`; the classes here are for what the caller cannot know beforehand:
-the contents of a checkpoint, whether two modules fit, and what became of a request.
+Every message names the argument or the file, what was found and what is expected.  Wrong arguments of
+ordinary functions raise `ValueError` or `TypeError`; the classes here are for what the caller cannot know
+beforehand: the contents of a checkpoint, whether two modules fit, and what became of a request.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class QsunError(Exception):
 
 
 class CheckpointError(QsunError):
-    """A checkpoint is damaged, incomplete, or contradicts itself.  The message names the file and the tensor."""
+    """A checkpoint is damaged, incomplete or contradicts itself; the message names file and tensor."""
 
 
 class UnsupportedModel(CheckpointError):

@@ -13,8 +13,7 @@ from qsun.models.config import ModelConfig
 from qsun_kernels.quant.formats import CheckpointFormat
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-"""File names under which pickled weights travel.  Unpickling runs code of the file's author, so none is
-opened."""
+"""Names under which pickled weights travel; unpickling runs code of their author, so none is opened."""
 
 
 class CheckpointReader(Protocol):
@@ -36,6 +35,9 @@ class CheckpointReader(Protocol):
 
     def get(self, name: str) -> Tensor:
         """Read a tensor into host memory.  Raises CheckpointError when there is none of that name."""
+
+    def vocabulary(self) -> dict[int, str] | None:
+        """Token by id; None when the checkpoint has no tokenizer."""
 
     def close(self) -> None:
         """Close the files."""

@@ -81,7 +81,7 @@ class SafetensorsFile:
             raise
 
     def get(self, name: str) -> Tensor:
-        """Read one tensor into host memory of its own; CheckpointError when the file has none of that name."""
+        """Read one tensor into host memory of its own; CheckpointError when the file has no such tensor."""
         try:
             entry = self.entries[name]
         except KeyError:

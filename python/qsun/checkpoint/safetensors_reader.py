@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qsun.checkpoint.quantization import detect_quantization
 from qsun.checkpoint.safetensors_file import SafetensorsFile
+from qsun.checkpoint.tokenizer import read_vocabulary
 from qsun.errors import CheckpointError
 from qsun.models.config import ModelConfig
 from qsun.models.fields import Fields, read_json_object
@@ -61,6 +62,10 @@ class SafetensorsReader:
         """Read a tensor into host memory."""
         stored = self._stored_name(name)
         return self._where[stored].get(stored)
+
+    def vocabulary(self) -> dict[int, str] | None:
+        """Token by id; None when the directory has no tokenizer."""
+        return read_vocabulary(self.path)
 
     def close(self) -> None:
         """Close the files."""

@@ -13,9 +13,9 @@ KV_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat
 
 
 class KVCache:
-    """Keys and values of all layers in one allocation (num_layers, 2, num_blocks, num_kv_heads, block_size,
-    head_dim).
+    """Keys and values of all layers in one allocation.
 
+    Its shape is (num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim), keys before values.
     A block id means the same block in every layer, so one block table serves all of them.  Slot
     `block * block_size + offset` is token `offset` of `block`.  Which block belongs to whom is the block
     pool's business; this class only holds, reads and writes them.
@@ -67,8 +67,7 @@ class KVCache:
         return 2 * config.num_layers * config.num_kv_heads * block_size * config.head_dim * dtype.itemsize
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """(k_cache, v_cache) of one layer, each a contiguous view (num_blocks, num_kv_heads, block_size,
-        head_dim)."""
+        """(k_cache, v_cache) of a layer, each (num_blocks, num_kv_heads, block_size, head_dim)."""
         return self.layers[index]
 
     @property

@@ -1,5 +1,4 @@
-"""Self-attention over the paged cache: one code path up to the cache, then prefill chunks or a decode
-batch."""
+"""Self-attention over the paged cache: one code path up to the cache, then chunks or a decode batch."""
 
 from __future__ import annotations
 
@@ -91,7 +90,7 @@ class Attention:
         return q, k, v
 
     def _attend_chunk(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, chunk: PrefillChunk) -> Tensor:
-        """Causal attention of a chunk (length, num_q_heads, head_dim) to all cached tokens of its sequence."""
+        """Causal attention of a chunk (length, num_q_heads, head_dim) to its sequence's cached tokens."""
         length, total = chunk.length, chunk.context_len + chunk.length
         # The earliest position that the chunk's first token can see; blocks before it are not even read.
         first = 0 if self.window is None else max(0, chunk.context_len - self.window + 1)

@@ -134,33 +134,15 @@ class SplitLinear:
         return y if residual is None else y + residual
 
 
-def concatenate_rows(weights: Sequence[PackedWeight]) -> PackedWeight | None:
-    """Stack packed weights along N into the one weight (sum of N, K).
+def are_one_matrix(weights: Sequence[PackedWeight]) -> bool:
+    """Whether packed weights with the same input can be stacked along N without changing any of them.
 
-    Returns None when they are not one matrix: specs, K, scale dtypes or group indices differ.
-    Every row keeps its own codes, scales and zeros, so the result is bit for bit the same function.
+    False when specs, K, scale dtypes or the groups of the columns differ, as act-order found for each weight
+    may.
     """
     first = weights[0]
-    for other in weights[1:]:
-        same_groups = (
-            other.g_idx is None
-            if first.g_idx is None
-            else other.g_idx is not None and torch.equal(first.g_idx, other.g_idx)
-        )
-        if (
-            other.spec != first.spec
-            or other.K != first.K
-            or other.scales.dtype != first.scales.dtype
-            or not same_groups
-        ):
-            return None
-    zeros = [weight.qzeros for weight in weights if weight.qzeros is not None]
-    return PackedWeight(
-        first.spec,
-        sum(weight.N for weight in weights),
-        first.K,
-        torch.cat([weight.qweight for weight in weights]),
-        torch.cat([weight.scales for weight in weights]),
-        torch.cat(zeros) if zeros else None,
-        first.g_idx,
+    return all(
+        (other.spec, other.K, other.scales.dtype) == (first.spec, first.K, first.scales.dtype)
+        and torch.equal(other.column_groups(), first.column_groups())
+        for other in weights[1:]
     )

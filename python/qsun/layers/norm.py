@@ -8,8 +8,7 @@ from qsun_kernels import rms_norm
 
 
 class RMSNorm:
-    """Scale every row to unit root mean square, then by `weight` (H,) (Zhang and Sennrich 2019, equation
-    4)."""
+    """Unit root mean square for every row, then times `weight` (H,) (Zhang and Sennrich 2019, equation 4)."""
 
     __slots__ = ("eps", "weight")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qsun.layers.attention import Attention
-from qsun.layers.linear import DenseLinear, Linear, QuantLinear, SplitLinear, concatenate_rows
+from qsun.layers.linear import DenseLinear, Linear, QuantLinear, SplitLinear
 from qsun.layers.mlp import GatedMLP
 from qsun.layers.norm import RMSNorm
 from qsun.models.config import ModelConfig
@@ -17,6 +17,7 @@ from qsun.models.decoder import DecoderLayer
 from qsun.models.weights import LayerWeights, Projection
 from qsun_kernels import PackedWeight, prepare_weight
 from qsun_kernels.backends.problems import BackendName
+from qsun_kernels.quant import concatenate_rows
 
 
 @dataclass(frozen=True, slots=True)

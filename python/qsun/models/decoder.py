@@ -1,5 +1,4 @@
-"""The decoder stack: every layer between the embedding and the lm_head, for prefill chunks and decode batches
-alike."""
+"""The decoder stack: all between embedding and lm_head, for prefill chunks and decode batches alike."""
 
 from __future__ import annotations
 

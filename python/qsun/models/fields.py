@@ -1,5 +1,4 @@
-"""Reading JSON files and their fields with errors that name the file, the field, what was found and
-expected."""
+"""JSON files and their fields, with errors that name the file, the field, what was found and expected."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""ModelConfig from the metadata of a GGUF file (llama.cpp's conventions for Llama, Mistral, Qwen2 and
-Qwen3)."""
+"""ModelConfig from the metadata of a GGUF file of Llama, Mistral, Qwen2 or Qwen3 (llama.cpp's names)."""
 
 from __future__ import annotations
 

@@ -86,6 +86,7 @@ def rope_from_frequency_factors(theta: float, factors: Tensor, head_dim: int, so
     elif tuple(factors.shape) == (head_dim // 2,) and bool((factors == 1).all()):
         return default
     raise UnsupportedModel(
-        f"{source}: rope_freqs.weight {tuple(factors.shape)} reaches {largest:g}, expected ones, or the "
-        f"divisors of Llama 3 (low {LLAMA3_LOW}, high {LLAMA3_HIGH}, context {LLAMA3_CONTEXT}) for some factor"
+        f"{source}: rope_freqs.weight {tuple(factors.shape)} reaches {largest:g}, expected ones or the "
+        f"divisors of Llama 3 (low {LLAMA3_LOW}, high {LLAMA3_HIGH}, context {LLAMA3_CONTEXT}) for some "
+        "factor"
     )

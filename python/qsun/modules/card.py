@@ -146,11 +146,13 @@ class ModuleCard:
         )
 
 
-def check_card_fits_config(card: ModuleCard, config: ModelConfig, source: Path) -> None:
-    """Raise CheckpointError when a card describes another model than the config.json beside it."""
-    own = DecoderFingerprint.of(config, None, card.decoder.base)
+def check_card_fits_checkpoint(
+    card: ModuleCard, config: ModelConfig, tokenizer: str | None, source: Path
+) -> None:
+    """Raise CheckpointError when a card describes another model or tokenizer than what is beside it."""
+    own = DecoderFingerprint.of(config, tokenizer, card.decoder.base)
     for name, stated, actual in card.decoder.differences(own):
         raise CheckpointError(
-            f"{source / CARD_FILE}: decoder.{name} is {stated!r}, expected {actual!r} as in config.json "
-            "beside it"
+            f"{source / CARD_FILE}: decoder.{name} is {stated!r}, expected {actual!r} as in the files beside "
+            "it"
         )

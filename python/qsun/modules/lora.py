@@ -39,8 +39,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 SHARED_MODULES = ("embed_tokens", "lm_head")
-"""modules_to_save that are tolerated: they belong to the decode module, so what the adapter holds is not
-used."""
+"""modules_to_save that are tolerated: what an adapter holds of the decode module's parts is not used."""
 
 _PREFIX = "base_model.model."
 _LORA_KEY = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")

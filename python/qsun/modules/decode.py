@@ -1,0 +1,214 @@
+"""The decode module: the frozen decoder that all tasks share, with its embedding and lm_head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qsun.checkpoint.reader import CheckpointReader, open_checkpoint
+from qsun.checkpoint.tokenizer import check_vocabulary
+from qsun.checkpoint.weights import check_names, read_embedding, read_final_norm, read_lm_head
+from qsun.errors import CheckpointError
+from qsun.layers.norm import RMSNorm
+from qsun.models.build import Placement, build_layer
+from qsun.models.config import WEIGHT_DTYPES, ModelConfig
+from qsun.models.decoder import DecoderStack
+from qsun.modules.card import DecoderFingerprint, ModuleCard, check_card_fits_checkpoint
+from qsun.modules.digest import base_digest, vocabulary_digest
+from qsun.modules.quantize import Progress, Quantizer, decoder_layers, plan_quantization
+from qsun_kernels import QuantSpec, rope_cache
+from qsun_kernels.backends.problems import BackendName
+from qsun_kernels.quant import GroupSize
+
+
+class DecodeModule:
+    """A decoder stack with its embedding and lm_head, on one device.
+
+    path: where it was read from.  config: the model's shape.  stack: the layers.  embed_tokens, lm_head: (V,
+    H) in `dtype`, one tensor when they are tied.  quantization: the spec of its low-bit layers, None when all
+    are dense.  card: what the checkpoint says of itself.  fingerprint: what a prefill module must agree with.
+    """
+
+    __slots__ = (
+        "card",
+        "config",
+        "dtype",
+        "embed_tokens",
+        "fingerprint",
+        "lm_head",
+        "path",
+        "quantization",
+        "stack",
+    )
+
+    def __init__(
+        self,
+        path: Path,
+        stack: DecoderStack,
+        embed_tokens: Tensor,
+        lm_head: Tensor,
+        quantization: QuantSpec | None,
+        card: ModuleCard,
+    ) -> None:
+        self.path = path
+        self.config: ModelConfig = stack.config
+        self.stack = stack
+        self.embed_tokens = embed_tokens
+        self.lm_head = lm_head
+        self.dtype = embed_tokens.dtype
+        self.quantization = quantization
+        self.card = card
+        self.fingerprint: DecoderFingerprint = card.decoder
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Hidden states (T, H) of token ids int64 or int32 (T,)."""
+        return functional.embedding(token_ids, self.embed_tokens)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits float32 (T, V) of hidden states (T, H) after the final norm of any module's stack."""
+        return functional.linear(hidden, self.lm_head).float()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module is."""
+        return self.embed_tokens.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        tied = self.lm_head is self.embed_tokens
+        return self.bytes_per_step + (0 if tied else self.embed_tokens.nbytes)
+
+    @property
+    def bytes_per_step(self) -> int:
+        """Bytes of weights that a decode step reads whatever the batch is; of the embedding only rows."""
+        return self.stack.nbytes + self.lm_head.nbytes
+
+
+def load_decode_module(
+    path: Path | str,
+    *,
+    bits: int | None = None,
+    group_size: GroupSize | None = None,
+    symmetric: bool = True,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    backend: BackendName | None = None,
+    quantizer: Quantizer = "rtn",
+    calibration: Sequence[Sequence[int]] | None = None,
+    progress: Progress | None = None,
+) -> DecodeModule:
+    """Read a decode module, quantising 16-bit weights on the way when asked to.
+
+    path: a checkpoint directory or a GGUF file.
+    bits: 2, 3, 4 or 8 quantises 16-bit weights; 16 keeps them; None takes the checkpoint as it is.  For a
+    checkpoint
+        that is quantised already (AWQ, GPTQ, compressed-tensors), bits and group_size must be its own or
+        None.
+    group_size, symmetric: see `QuantSpec`; None is the largest group that divides every projection.
+    dtype: of activations and of all that is not quantised: float32, float16, bfloat16, or "auto" for the
+        checkpoint's own (bfloat16 when it states none).
+    device: "cuda" when there is one, else "cpu", by default.  backend: of the low-bit weights.
+    quantizer: "rtn" rounds to nearest; "awq" searches scales on `calibration`, sequences of token ids.
+    progress: called with (layers done, layers in all, what is being done).
+
+    Embedding and lm_head are never quantised.  Peak memory is one layer in 32 bits above the module itself.
+    Raises CheckpointError for a damaged or contradictory checkpoint, UnsupportedModel (a CheckpointError) for
+    what is not implemented, ValueError for a bad argument, BackendUnavailable for a backend that cannot.
+    """
+    placement = Placement(torch.float32, resolve_device(device), backend)
+    reader = open_checkpoint(path)
+    try:
+        placement = Placement(resolve_dtype(dtype, reader.config), placement.device, backend)
+        plan = plan_quantization(
+            reader,
+            bits=bits,
+            group_size=group_size,
+            symmetric=symmetric,
+            quantizer=quantizer,
+            calibration=calibration,
+        )
+        check_names(reader)
+        card, embed_tokens = read_identity(reader)
+        embed = embed_tokens.to(placement.dtype)
+        head = read_lm_head(reader, embed, placement.dtype)
+        layers = []
+        for layer, weights in enumerate(decoder_layers(reader, plan, placement, embed)):
+            try:
+                layers.append(build_layer(weights, layer, reader.config, placement))
+            except ValueError as error:
+                raise CheckpointError(f"{reader.path}: layer {layer}: {error}") from error
+            if progress is not None:
+                progress(layer + 1, reader.config.num_layers, "decode layers")
+        norm = RMSNorm(
+            read_final_norm(reader, placement.dtype).to(placement.device), reader.config.rms_norm_eps
+        )
+        table = rope_cache(
+            reader.config.rope,
+            reader.config.head_dim,
+            reader.config.max_position_embeddings,
+            placement.device,
+        )
+        on_device = embed.to(placement.device)
+        stored = reader.quantization.spec if reader.quantization is not None else None
+        return DecodeModule(
+            reader.path,
+            DecoderStack(reader.config, layers, norm, table),
+            on_device,
+            on_device if head is embed else head.to(placement.device),
+            plan.spec if plan is not None else stored,
+            card,
+        )
+    finally:
+        reader.close()
+
+
+def read_identity(reader: CheckpointReader) -> tuple[ModuleCard, Tensor]:
+    """A checkpoint's card, and its embedding (V, H) as stored.
+
+    Without a card file the card is made from the checkpoint itself.
+    Raises CheckpointError when the tokenizer has ids past the vocabulary, or the card describes other
+    weights.
+    """
+    vocabulary = reader.vocabulary()
+    if vocabulary is not None:
+        check_vocabulary(vocabulary, reader.config.vocab_size, str(reader.path))
+    tokenizer = None if vocabulary is None else vocabulary_digest(vocabulary.items())
+    embed_tokens = read_embedding(reader, None)
+    stored = base_digest(embed_tokens)
+    card = ModuleCard.read(reader.path) if reader.path.is_dir() else None
+    if card is None:
+        decoder = DecoderFingerprint.of(reader.config, tokenizer, stored)
+        return ModuleCard(reader.path.stem, "decode", decoder), embed_tokens
+    check_card_fits_checkpoint(card, reader.config, tokenizer, reader.path)
+    expected = card.decoder.base if card.embed_tokens is None else card.embed_tokens
+    if stored != expected:
+        raise CheckpointError(
+            f"{reader.path}: the embedding has the digest {stored}, expected {expected} by the module card: "
+            "the card was made for other weights"
+        )
+    return card, embed_tokens
+
+
+def resolve_device(device: torch.device | str | None) -> torch.device:
+    """The device of an argument; None is the current CUDA device, or the CPU where there is none."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    resolved = torch.device(device)
+    if resolved.type == "cuda" and resolved.index is None:
+        # Tensors report an index, so a device without one would compare unequal to theirs.
+        resolved = torch.device("cuda", torch.cuda.current_device())
+    return resolved
+
+
+def resolve_dtype(dtype: torch.dtype | str, config: ModelConfig) -> torch.dtype:
+    """The dtype of an argument; "auto" is the checkpoint's own, bfloat16 when it states none."""
+    if dtype == "auto":
+        return config.dtype or torch.bfloat16
+    if isinstance(dtype, str) or dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, expected 'auto' or one of {WEIGHT_DTYPES}")
+    return dtype
