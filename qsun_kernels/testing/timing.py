@@ -38,6 +38,7 @@ _GRAPH_US = 4000.0
 _GRAPH_LAUNCHES = 16384
 _WARM_UP_S = 0.1
 _CPU_SAMPLE_S = 50e-6
+_MIN_SAMPLES = 7
 _PROBE_BYTES = 4 << 30
 _CPU_CACHE_WHEN_UNKNOWN = 64 << 20
 
@@ -191,7 +192,10 @@ def _time_graph(calls: Sequence[Callable[[], object]], device: torch.device, sec
         while spent < _WARM_UP_S:
             spent += _replay_s(graph)
         per_replay = _replay_s(graph)
-        samples = [_replay_s(graph) / launches for _ in range(min(200, max(7, round(seconds / per_replay))))]
+        samples = [
+            _replay_s(graph) / launches
+            for _ in range(min(200, max(_MIN_SAMPLES, round(seconds / per_replay))))
+        ]
         return _summary(samples, launches, len(calls), "cuda-graph")
 
 
@@ -222,19 +226,19 @@ def _time_cpu(calls: Sequence[Callable[[], object]], seconds: float) -> Timing:
     one_call = max(1e-9, (time.perf_counter() - begin) / len(calls))
     # Short calls are timed in groups, or the clock itself would be part of the figure.
     group = min(len(calls), max(1, math.ceil(_CPU_SAMPLE_S / one_call)))
-    count = min(2000, max(7, round(seconds / (one_call * group))))
-    warm_up = min(count, max(1, round(_WARM_UP_S / (one_call * group))))
     samples: list[float] = []
     position = 0
-    for i in range(warm_up + count):
+    warm_until = time.perf_counter() + _WARM_UP_S
+    end = warm_until + seconds
+    while len(samples) < _MIN_SAMPLES or time.perf_counter() < end:
         chosen = [calls[(position + j) % len(calls)] for j in range(group)]
         position += group
         begin = time.perf_counter()
         for call in chosen:
             call()
-        taken = (time.perf_counter() - begin) / group
-        if i >= warm_up:
-            samples.append(taken)
+        done = time.perf_counter()
+        if begin >= warm_until:
+            samples.append((done - begin) / group)
     return _summary(samples, group, len(calls), "cpu")
 
 

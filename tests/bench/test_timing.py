@@ -152,7 +152,9 @@ def test_stream_read_refuses_a_buffer_it_would_not_read_whole(device: torch.devi
     from qsun_kernels.testing.stream_read import StreamRead, granule_bytes
 
     granule = granule_bytes(device)
-    with pytest.raises(ValueError, match=f"buffer has {granule - 16} bytes, expected a positive multiple of {granule}"):
+    with pytest.raises(
+        ValueError, match=f"buffer has {granule - 16} bytes, expected a positive multiple of {granule}"
+    ):
         StreamRead(torch.zeros((granule - 16) // 4, dtype=torch.int32, device=device))
     with pytest.raises(ValueError, match=r"buffer is torch\.float32"):
         StreamRead(torch.zeros(granule // 4, device=device))

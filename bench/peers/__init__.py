@@ -1,0 +1,48 @@
+"""Other people's kernels for the same problems, one file each.
+
+A peer is a module of this folder with NAME (as in the records), OPERATOR (ours that it is compared with),
+`available(case, device)` -> None or the reason it cannot run that case, and `prepare(operands)` ->
+Prepared, whose `run(activation)` is timed. A peer whose package is not installed says so in `available`; it
+is imported nowhere else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from qsun_bench.cases import Case
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Operands in a contender's own layout.
+
+    run: activation -> result, the call that is timed. streamed: the tensors that the call reads from memory.
+    """
+
+    run: Callable[[Tensor], Tensor]
+    streamed: tuple[Tensor, ...]
+
+
+class Peer(Protocol):
+    """The face of a module of this folder."""
+
+    NAME: str
+    OPERATOR: str
+
+    def available(self, case: Case, device: torch.device) -> str | None: ...
+
+    def prepare(self, operands: Any) -> Prepared: ...
+
+
+def modules() -> Sequence[Peer]:
+    """Every peer, by name."""
+    names = sorted(i.name for i in pkgutil.iter_modules(__path__) if not i.name.startswith("_"))
+    return [cast(Peer, importlib.import_module(f"{__name__}.{name}")) for name in names]

@@ -1,0 +1,7 @@
+"""The command line: `qsun generate | quantize | doctor`."""
+
+from __future__ import annotations
+
+from qsun.cli.main import main
+
+__all__ = ["main"]

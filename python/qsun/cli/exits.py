@@ -1,0 +1,54 @@
+"""What the exit codes of the command line mean, and which error leads to which."""
+
+from __future__ import annotations
+
+import json
+
+from qsun.errors import QsunError, RequestError
+
+OK = 0
+INTERNAL = 1
+USAGE = 2
+BAD_INPUT = 3
+UNAVAILABLE = 4
+REQUEST_FAILED = 5
+INTERRUPTED = 130
+
+EPILOG = f"""\
+exit codes:
+  {OK}    done
+  {INTERNAL}    an error inside qsun (please report it, with --debug and `qsun doctor`)
+  {USAGE}    the command line is wrong
+  {BAD_INPUT}    a file or checkpoint is missing, damaged or does not fit
+  {UNAVAILABLE}    a backend or device that was asked for cannot run here
+  {REQUEST_FAILED}    a request failed; the others were answered
+  {INTERRUPTED}  interrupted
+"""
+
+
+class UsageError(Exception):
+    """Arguments that are right one by one and make no sense together."""
+
+
+def code_of(error: Exception) -> int:
+    """The exit code of an error that ended a command."""
+    # Imported here: an error of the command line alone should not wait for torch.
+    from qsun_kernels.errors import BackendUnavailable
+
+    if isinstance(error, UsageError):
+        return USAGE
+    if isinstance(error, BackendUnavailable):
+        return UNAVAILABLE
+    if isinstance(error, RequestError):
+        return REQUEST_FAILED
+    if isinstance(error, (QsunError, OSError, UnicodeDecodeError, json.JSONDecodeError)):
+        return BAD_INPUT
+    return INTERNAL
+
+
+def message_of(error: Exception) -> str:
+    """One line for the user; an error of ours speaks for itself, a foreign one is named."""
+    text = " ".join(str(error).split())
+    if code_of(error) == INTERNAL:
+        return f"internal error: {type(error).__name__}: {text} (--debug shows where)"
+    return text or type(error).__name__

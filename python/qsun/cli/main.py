@@ -1,0 +1,159 @@
+"""Arguments, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qsun.cli import exits
+
+
+def _name_and_path(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected NAME=PATH")
+    return name, Path(path)
+
+
+def _name_and_text(text: str) -> tuple[str, str]:
+    name, colon, prompt = text.partition(":")
+    if not (name and colon):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected NAME:TEXT (NAME of --prefill, or base)")
+    return name, prompt
+
+
+def _group_size(text: str) -> int | str | None:
+    if text == "auto":
+        return None
+    if text not in ("32", "64", "128", "channel"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected auto, 32, 64, 128 or channel")
+    return text if text == "channel" else int(text)
+
+
+def _quantisation_options(parser: argparse.ArgumentParser, bits: Sequence[int]) -> None:
+    parser.add_argument("--bits", type=int, choices=bits, default=4, help="of the decode weights (4)")
+    parser.add_argument("--group-size", type=_group_size, help="auto, 32, 64, 128 or channel (auto)")
+    parser.add_argument("--asymmetric", action="store_true", help="store a zero point for each group")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there)")
+
+
+def _sampling_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-tokens", type=int, default=128)
+    group.add_argument("--min-tokens", type=int, default=0)
+    group.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (0)")
+    group.add_argument("--top-k", type=int, default=0)
+    group.add_argument("--top-p", type=float, default=1.0)
+    group.add_argument("--min-p", type=float, default=0.0)
+    group.add_argument("--repetition-penalty", type=float, default=1.0)
+    group.add_argument("--presence-penalty", type=float, default=0.0)
+    group.add_argument("--frequency-penalty", type=float, default=0.0)
+    group.add_argument("--seed", type=int)
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be given again")
+    group.add_argument("--ignore-eos", action="store_true")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    # Shared by every command, so that `qsun generate --debug` works as well as it reads.
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    common.add_argument("--json", action="store_true", help="machine-readable output on stdout, nothing else")
+    how: dict[str, Any] = {
+        "parents": [common],
+        "epilog": exits.EPILOG,
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+    parser = argparse.ArgumentParser(
+        prog="qsun",
+        description="Serve many fine-tuned models from one frozen low-bit decoder.",
+        epilog=exits.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="answer prompts of several models in one batch", **how)
+    generate.add_argument(
+        "--model", required=True, metavar="PATH", help="checkpoint folder, GGUF file or hub id"
+    )
+    generate.add_argument(
+        "--prefill",
+        type=_name_and_path,
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="a task's prefill module: a full checkpoint or a LoRA adapter; may be given again",
+    )
+    generate.add_argument(
+        "--prompt",
+        type=_name_and_text,
+        action="append",
+        required=True,
+        metavar="NAME:TEXT",
+        help="a prompt for the model of that name (base: the decoder's own weights); may be given again",
+    )
+    generate.add_argument("--raw", action="store_true", help="prompts as they are, without the chat template")
+    generate.add_argument("--backend", choices=("cuda", "triton", "torch"), help="for every operator")
+    generate.add_argument("--max-batch-size", type=int, default=64)
+    _quantisation_options(generate, (2, 3, 4, 8, 16))
+    _sampling_options(generate)
+
+    quantize = commands.add_parser("quantize", help="write a low-bit copy of a checkpoint", **how)
+    quantize.add_argument("model", metavar="MODEL", help="checkpoint folder or GGUF file")
+    quantize.add_argument("out", type=Path, metavar="OUT", help="folder to make; it must not hold anything")
+    quantize.add_argument("--method", choices=("rtn", "awq"), default="rtn")
+    quantize.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="text for awq: .txt, or .jsonl with a text a line"
+    )
+    _quantisation_options(quantize, (2, 3, 4, 8))
+
+    commands.add_parser("doctor", help="what was built, what is there, which backend runs what", **how)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is documented in --help."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            # A warning is one line for the user, not a quotation of our source.
+            warnings.showwarning = _show_warning
+            return _run(arguments)
+    except KeyboardInterrupt:
+        print("qsun: interrupted", file=sys.stderr)
+        return exits.INTERRUPTED
+    except BrokenPipeError:
+        # The reader of stdout went away (`qsun ... | head`). Python would complain once more when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return exits.OK
+    except Exception as error:
+        if arguments.debug:
+            raise
+        print(f"qsun: {exits.message_of(error)}", file=sys.stderr)
+        return exits.code_of(error)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    # Imported when run: `qsun --help` and usage errors need neither torch nor transformers.
+    if arguments.command == "generate":
+        from qsun.cli.generate import generate
+
+        return generate(arguments)
+    if arguments.command == "quantize":
+        from qsun.cli.quantize import quantize
+
+        return quantize(arguments)
+    from qsun.cli.doctor import doctor
+
+    return doctor(arguments)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"qsun: warning: {' '.join(str(message).split())}", file=sys.stderr)

@@ -1,0 +1,142 @@
+"""The registry: cases are distinct, their bytes are what the tensors hold, their operands repeat."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qsun_bench import peers
+from qsun_bench.cases import Case, Selection, suites
+from qsun_bench.cases.attention import AttentionCase
+from qsun_bench.cases.wna16 import Wna16Case
+from qsun_bench.contenders import contenders
+from qsun_bench.shapes import SHAPES, shape
+from qsun_kernels.backends.problems import BACKENDS
+from qsun_kernels.quant import QuantSpec
+
+CPU = torch.device("cpu")
+
+
+def test_the_shapes_are_those_of_the_published_models() -> None:
+    assert set(SHAPES) == {"llama-3.1-8b", "qwen3-8b", "llama-3.1-70b", "smollm2-135m"}
+    assert dict(shape("llama-3.1-8b").linears) == {
+        "qkv": (6144, 4096),
+        "o": (4096, 4096),
+        "gate_up": (28672, 4096),
+        "down": (4096, 14336),
+    }
+    assert shape("llama-3.1-70b").linears["gate_up"] == (57344, 8192)
+    assert shape("smollm2-135m").linears["qkv"] == (960, 576)
+    with pytest.raises(ValueError, match=r"shape is 'gpt-5', expected one of smollm2-135m"):
+        shape("gpt-5")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("smoke", [False, True])
+def test_every_suite_has_distinct_cases_for_every_device(device: str, smoke: bool) -> None:
+    for suite in suites().values():
+        cases = suite.cases(Selection(torch.device(device), smoke=smoke))
+        names = [case.name for case in cases]
+        assert names and len(set(names)) == len(names)
+        assert all(case.op == suite.op for case in cases)
+        assert suite.baseline in {contender.name for contender in contenders(suite.op)}
+
+
+def test_cases_follow_the_command_line() -> None:
+    selection = Selection(CPU, shapes=("llama-3.1-8b",), batches=(3,), bits=2, group_size=32, symmetric=False)
+    cases = suites()["wna16"].cases(selection)
+    assert [case.name for case in cases] == [
+        f"llama-3.1-8b.{matrix}.w2g32z.M3" for matrix in ("qkv", "o", "gate_up", "down")
+    ]
+    cases = suites()["attention"].cases(Selection(CPU, batches=(2, 4), contexts=(96,)))
+    assert [case.fields()["seq_lens"] for case in cases] == [[96] * 2, [96] * 4]
+
+
+def test_the_group_size_is_one_the_whole_model_can_use() -> None:
+    for case in suites()["wna16"].cases(Selection(CPU)):
+        assert isinstance(case, Wna16Case) and case.spec.group_size == 64  # 576 is no multiple of 128
+    for case in suites()["wna16"].cases(Selection(torch.device("cuda"))):
+        assert isinstance(case, Wna16Case) and case.spec.group_size == 128
+
+
+def test_bytes_of_a_matrix_product() -> None:
+    spec = QuantSpec(4, 128, True)
+    case = Wna16Case("m", 1, 4096, 4096, spec, torch.bfloat16)
+    weight = case.operands(CPU).weight
+    assert case.bytes == weight.nbytes + 2 * (4096 + 4096)
+    assert weight.nbytes == 8_650_752  # 0.516 bytes a weight
+    zeros = Wna16Case("m", 1, 64, 128, QuantSpec(4, 32, False), torch.float16)
+    # Zero points count half a byte each: they are stored as a byte, and hold four bits.
+    assert zeros.bytes == 64 * 128 // 2 + 64 * 4 * 2 + 64 * 4 // 2 + 2 * (64 + 128)
+
+
+def test_bytes_of_attention() -> None:
+    case = AttentionCase("a", (100, 7), 8, 2, 64, torch.bfloat16)
+    assert case.bytes == 2 * 107 * 2 * 64 * 2 + (7 + 1) * 4 + 2 * 4 + 2 * 2 * 8 * 64 * 2
+    windowed = AttentionCase("a", (100, 7), 8, 2, 64, torch.bfloat16, window=16)
+    assert case.bytes - windowed.bytes == 2 * (100 - 16) * 2 * 64 * 2
+
+
+SMALL: tuple[Case, ...] = (
+    Wna16Case("m", 3, 48, 96, QuantSpec(4, 32, True), torch.bfloat16),
+    Wna16Case("m", 3, 48, 100, QuantSpec(3, 32, False), torch.float16),
+    AttentionCase("a", (33, 1, 16), 4, 2, 32, torch.bfloat16),
+    AttentionCase("a", (33, 5), 4, 2, 32, torch.float32, window=8),
+)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: f"{case.op}-{case.fields()['dtype']}")
+def test_operands_repeat_and_copies_are_their_own(case: Case) -> None:
+    first, second = case.operands(CPU), case.operands(CPU)
+    copied = first.copy()
+    for a, b, c in zip(first.tensors, second.tensors, copied.tensors, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+        assert len({t.untyped_storage().data_ptr() for t in (a, b, c)}) == 3
+    assert torch.equal(case.activation(CPU), case.activation(CPU))
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: f"{case.op}-{case.fields()['dtype']}")
+def test_the_oracle_agrees_with_torch_and_our_reference(case: Case) -> None:
+    operands, x = case.operands(CPU), case.activation(CPU)
+    exact, plain = operands.exact(x), operands.plain(x)
+    assert exact.dtype == torch.float64 and plain.dtype == x.dtype and exact.shape == plain.shape
+    torch.testing.assert_close(plain.double(), exact, rtol=0.05, atol=0.05)
+    (ours,) = [c for c in contenders(case.op) if c.name == "torch"]
+    assert ours.available(case, CPU) is None
+    torch.testing.assert_close(ours.prepare(operands).run(x).double(), exact, rtol=0.05, atol=0.05)
+
+
+def test_ours_and_the_peers_are_known() -> None:
+    by_op = {suite.op: [c.name for c in contenders(suite.op)] for suite in suites().values()}
+    assert by_op == {
+        "wna16_linear": [*BACKENDS, "dense", "int4pack_cpu", "tinygemm"],
+        "paged_attention_decode": [*BACKENDS, "sdpa"],
+    }
+    assert {peer.OPERATOR for peer in peers.modules()} <= set(by_op)
+    with pytest.raises(ValueError, match="op is 'softmax', expected one of wna16_linear"):
+        contenders("softmax")
+
+
+@pytest.mark.parametrize(
+    ("case", "peer", "says"),
+    [
+        (
+            Wna16Case("m", 1, 48, 96, QuantSpec(3, 32, True), torch.bfloat16),
+            "int4pack_cpu",
+            "bits only, got 3",
+        ),
+        (Wna16Case("m", 1, 48, 96, QuantSpec(4, 32, True), torch.float16), "int4pack_cpu", "bfloat16 only"),
+        (Wna16Case("m", 1, 40, 96, QuantSpec(4, 32, True), torch.bfloat16), "int4pack_cpu", "got 40"),
+        (Wna16Case("m", 1, 48, 100, QuantSpec(4, 32, True), torch.bfloat16), "int4pack_cpu", "got 100"),
+        (
+            Wna16Case("m", 1, 48, 96, QuantSpec(4, "channel", True), torch.bfloat16),
+            "int4pack_cpu",
+            "channel",
+        ),
+        (Wna16Case("m", 1, 48, 96, QuantSpec(4, 32, True), torch.bfloat16), "tinygemm", "device is cpu"),
+        (Wna16Case("m", 1, 48, 96, QuantSpec(4, 32, True), torch.bfloat16), "triton", "interpreter"),
+    ],
+)
+def test_who_cannot_run_a_case_says_why(case: Case, peer: str, says: str) -> None:
+    (contender,) = [c for c in contenders(case.op) if c.name == peer]
+    assert says in (contender.available(case, CPU) or "")

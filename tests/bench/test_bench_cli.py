@@ -1,0 +1,126 @@
+"""The command line of qsun-bench: what it prints, writes and returns."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qsun_bench import results
+from qsun_bench.cli import main
+from qsun_bench.results import Header, Record, Run
+from qsun_kernels.testing import timing
+
+HEADER = Header("cpu (test)", "0123456789ab", "2026-01-31", "2.13.0", None, None, "qsun-bench wna16", 0.02)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real path with a small cache: what is tested is not the figure."""
+    monkeypatch.setattr(timing, "last_level_cache_bytes", lambda device: 256 << 10)
+    monkeypatch.setattr(timing, "_WARM_UP_S", 0.002)
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "wna16: " in out and "attention: " in out and "decode: " in out
+    assert "smollm2-135m.qkv.w4g64.M1" in out and "int4pack_cpu" in out
+
+
+@pytest.mark.parametrize("suite", ["wna16", "attention"])
+def test_a_suite_runs_on_the_cpu_and_says_so(
+    suite: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, plot = tmp_path / "run.json", tmp_path / "run.png"
+    options = ["--smoke", "--device", "cpu", "--seconds", "0.005", "--json", str(out), "--plot", str(plot)]
+    assert main([suite, *options]) == 0
+    run = results.load(str(out))
+    assert run.header.device.startswith("cpu (") and run.header.cuda is None
+    assert run.header.command.startswith(f"qsun-bench {suite} --smoke --device cpu")
+    assert {record.backend for record in run.records} >= {"torch"}
+    assert all(record.ok and record.us and record.error is not None for record in run.records)
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+    captured = capsys.readouterr()
+    assert "not run: triton: " in captured.err and run.records[0].case in captured.out
+
+
+def test_json_to_stdout_is_alone_there(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--smoke", "--batch", "1", "--device", "cpu", "--seconds", "0.005", "--json", "-"]
+    assert main(["wna16", *options, "--backend", "torch"]) == 0
+    captured = capsys.readouterr()
+    assert results.parse(captured.out, "stdout").records
+    assert "of read" in captured.err
+
+
+def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "wna16", "1", "256", "512", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "wna16_linear M=1 N=256 K=512 W4 g128 symmetric" in out and "chosen" in out
+    assert "reads and writes 71,168 bytes" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "COMMAND"),
+        (["wna16", "--batch", "0"], "got '0', expected integers of at least 1"),
+        (["wna16", "--shape", "gpt-5"], "got 'gpt-5', expected one of smollm2-135m"),
+        (["wna16", "--group-size", "100"], "got '100', expected 32, 64, 128 or channel"),
+        (["wna16", "--device", "tpu"], "got 'tpu', expected cpu or cuda"),
+        (["wna16", "--seconds", "-1"], "got '-1', expected seconds above 0"),
+        (["wna16", "--device", "cpu", "--backend", "marlin"], "got 'marlin', expected some of cuda, "),
+        (["wna16", "--device", "cpu", "--commit", "0123456"], "--commit: expected only with --record"),
+        (["decode", "--device", "cpu", "--model", "x", "--layers", "2"], "--layers: a checkpoint has"),
+        (["compare", "a", "b", "--fail-above", "0.5"], "got '0.5', expected a factor of at least 1"),
+    ],
+)
+def test_usage_errors(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_backend_that_cannot_run_is_no_silent_fallback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["wna16", "--smoke", "--device", "cpu", "--backend", "triton"]) == 4
+    assert "interpreter" in capsys.readouterr().err
+
+
+@pytest.mark.damaged
+@pytest.mark.parametrize("text", ["", "[]", '{"header": {}, "records": []}'], ids=repr)
+def test_compare_of_a_damaged_file(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "damaged.json"
+    path.write_text(text)
+    assert main(["compare", str(path), str(path)]) == 3
+    assert f"qsun-bench: {path}" in capsys.readouterr().err
+
+
+def test_compare_prints_ratios(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, us in (("a", 10.0), ("b", 8.0)):
+        record = Record("wna16_linear", "m.M1", "cuda", us, 4096, 0.5, True, {"M": 1})
+        results.write(Run(HEADER, (record,)), tmp_path / f"{name}.json")
+    a, b = str(tmp_path / "a.json"), str(tmp_path / "b.json")
+    assert main(["compare", a, b]) == 0
+    out = capsys.readouterr().out
+    assert "1.250x" in out and "geometric mean of A / B: 1.250" in out
+    assert main(["compare", a, b, "--fail-above", "1.1"]) == 0
+    assert main(["compare", b, a, "--fail-above", "1.1"]) == 1
+
+
+def test_it_is_a_module_too() -> None:
+    done = subprocess.run([sys.executable, "-m", "qsun_bench", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "exit codes:" in done.stdout
+
+
+def test_without_rich_tables_are_plain(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "rich" else find(name))
+    assert main(["list", "--device", "cpu"]) == 0
+    assert "smollm2-135m.qkv.w4g64.M1" in capsys.readouterr().out

@@ -1,0 +1,113 @@
+"""The tables of the documents come from the recorded runs, and this checkout's still do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qsun_bench import report, results
+from qsun_bench.cli import main
+from qsun_bench.results import Header, Record, ResultsError, Run
+
+ROOT = Path(__file__).resolve().parents[2]
+HEADER = Header(
+    "NVIDIA H100", "0123456789ab", "2026-01-31", "2.11.0", "3.6.0", "13.0", "qsun-bench wna16", 3.1
+)
+
+
+def matrix(M: int, backend: str, us: float | None, ok: bool = True) -> Record:
+    fields = {
+        "M": M,
+        "N": 6144,
+        "K": 4096,
+        "bits": 4,
+        "group_size": 128,
+        "symmetric": True,
+        "dtype": "bfloat16",
+    }
+    return Record("wna16_linear", f"llama.qkv.w4g128.M{M}", backend, us, 12_980_000, 0.5, ok, fields)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    records = (
+        matrix(1, "cuda", 4.2),
+        matrix(8, "cuda", 4.5),
+        matrix(1, "dense", 21.4),
+        matrix(8, "dense", None, False),
+    )
+    results.write(Run(HEADER, records), tmp_path / "bench/results/h100/wna16.json")
+    attention = Record("paged_attention_decode", "8x1024", "cuda", 20.0, 31_000_000, 0.5, True, {"batch": 8})
+    results.write(Run(HEADER, (attention,)), tmp_path / "bench/results/h100/attention.json")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text(
+        "# Title\n\n<!-- bench:wna16-h100 -->\nold\n<!-- /bench -->\n\nafter\n"
+    )
+    (tmp_path / "docs" / "deep.md").write_text("<!-- bench:attention-h100 -->\n<!-- /bench -->\n")
+    return tmp_path
+
+
+def test_check_fails_until_the_report_is_written(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "--check", "--root", str(tree)]) == 1
+    assert "README.md differs" in capsys.readouterr().out
+    assert "old" in (tree / "README.md").read_text(), "--check must write nothing"
+    assert main(["report", "--root", str(tree)]) == 0
+    assert main(["report", "--check", "--root", str(tree)]) == 0
+
+
+def test_a_table_by_rows(tree: Path) -> None:
+    main(["report", "--root", str(tree)])
+    text = (tree / "README.md").read_text()
+    assert text.startswith("# Title\n") and text.endswith("\nafter\n")
+    assert (
+        "NVIDIA H100, reads at 3.1 TB/s; torch 2.11.0, triton 3.6.0, CUDA 13.0; commit 0123456789ab" in text
+    )
+    assert "| llama.qkv.w4g128 (4096 x 6144) | cuda | 4.2 | 4.5 | 100% |" in text
+    assert "| llama.qkv.w4g128 (4096 x 6144) | dense | 21.4 | wrong | 20% |" in text
+
+
+def test_a_table_by_case(tree: Path) -> None:
+    main(["report", "--root", str(tree)])
+    assert "| 8x1024 | 20.0 (50%) |" in (tree / "docs" / "deep.md").read_text()
+
+
+def test_a_changed_run_is_noticed(tree: Path) -> None:
+    main(["report", "--root", str(tree)])
+    results.write(Run(HEADER, (matrix(1, "cuda", 3.9),)), tree / "bench/results/h100/wna16.json")
+    assert main(["report", "--check", "--root", str(tree)]) == 1
+
+
+@pytest.mark.damaged
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "<!-- bench:decode-h100 -->\n<!-- /bench -->\n",
+            r"needs bench/results/h100/decode\.json, which is not",
+        ),
+        ("<!-- bench:wna16 -->\n<!-- /bench -->\n", "block bench:wna16 needs"),
+        ("<!-- bench:wna16-h100 -->\nno end\n", "1 marks make 0 blocks, expected an end for every start"),
+        (
+            "<!-- bench:wna16-h100 -->\n<!-- bench:wna16-h100 -->\n<!-- /bench -->\n",
+            "3 marks make 1 blocks, expected an end for every start",
+        ),
+    ],
+)
+def test_blocks_that_cannot_be_filled_are_refused(tree: Path, text: str, says: str) -> None:
+    (tree / "README.md").write_text(text)
+    with pytest.raises(ResultsError, match=says):
+        report.pages(tree)
+    assert main(["report", "--check", "--root", str(tree)]) == 3
+
+
+def test_the_documents_of_this_checkout_agree_with_the_recorded_runs() -> None:
+    differing = [str(page.path.relative_to(ROOT)) for page in report.pages(ROOT) if page.differs]
+    assert not differing, f"run `qsun-bench report`: {differing}"
+
+
+def test_every_recorded_run_of_this_checkout_is_readable() -> None:
+    for path in (ROOT / results.RESULTS).rglob("*.json"):
+        run = results.parse(path.read_text(), str(path))
+        assert run.records, path
+        assert not run.header.commit.endswith("-dirty"), path
