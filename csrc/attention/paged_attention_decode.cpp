@@ -61,7 +61,8 @@ Checks check_sizes(const PagedAttentionDecodeParams& p) {
 Status check(const PagedAttentionDecodeParams& p) {
   Checks checks = check_sizes(p);
   if (p.batch > 0) {
-    checks.not_null("q", p.q).not_null("k_cache", p.k_cache).not_null("v_cache", p.v_cache);
+    checks.not_null("q", p.q);
+    if (p.num_blocks > 0) checks.not_null("k_cache", p.k_cache).not_null("v_cache", p.v_cache);
     checks.not_null("seq_lens", p.seq_lens).not_null("out", p.out).not_null("lse", p.lse);
     if (p.max_blocks > 0) checks.not_null("block_table", p.block_table);
     checks.aligned("k_cache", p.k_cache, 16)

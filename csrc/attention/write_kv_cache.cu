@@ -94,7 +94,7 @@ Status check(const WriteKvCacheParams& p) {
   checks.at_least("block_size", p.block_size, 1);
   if (p.num_tokens > 0) {
     checks.not_null("k", p.k).not_null("v", p.v).not_null("slot_mapping", p.slot_mapping);
-    checks.not_null("k_cache", p.k_cache).not_null("v_cache", p.v_cache);
+    if (p.num_blocks > 0) checks.not_null("k_cache", p.k_cache).not_null("v_cache", p.v_cache);
   }
   return checks.status("write_kv_cache", p);
 }

@@ -1,0 +1,199 @@
+# Types of the binding in csrc/bindings.cpp. Addresses are integers (0: absent), strides count elements,
+# dtype codes are qsun::DType. Launches raise qsun_kernels.errors.KernelLaunchError.
+from typing import TypedDict
+
+class BuildInfo(TypedDict):
+    archs: tuple[str, ...]
+    nvcc: str
+    host_compiler: str
+    revision: str
+    cuda_runtime: int
+
+class DeviceProps:
+    def __init__(
+        self,
+        *,
+        compute_major: int,
+        compute_minor: int,
+        sm_count: int,
+        shared_memory_per_block: int,
+        l2_bytes: int,
+    ) -> None: ...
+    @property
+    def compute_major(self) -> int: ...
+    @property
+    def compute_minor(self) -> int: ...
+    @property
+    def sm_count(self) -> int: ...
+    @property
+    def shared_memory_per_block(self) -> int: ...
+    @property
+    def l2_bytes(self) -> int: ...
+
+class Wna16LinearConfig:
+    @property
+    def tile_m(self) -> int: ...
+    @property
+    def warps(self) -> int: ...
+    @property
+    def grid_n(self) -> int: ...
+    @property
+    def grid_m(self) -> int: ...
+
+class PagedAttentionDecodeConfig:
+    @property
+    def head_tile(self) -> int: ...
+    @property
+    def head_tiles(self) -> int: ...
+    @property
+    def lanes(self) -> int: ...
+    @property
+    def num_parts(self) -> int: ...
+    @property
+    def grid(self) -> int: ...
+
+class RmsNormConfig:
+    @property
+    def width(self) -> int: ...
+    @property
+    def threads(self) -> int: ...
+
+def build_info() -> BuildInfo: ...
+def driver_version() -> int: ...
+def device_info(device: int) -> DeviceProps: ...
+def choose_wna16_linear(M: int, N: int, props: DeviceProps) -> Wna16LinearConfig: ...
+def wna16_linear(
+    x: int,
+    qweight: int,
+    scales: int,
+    qzeros: int,
+    g_idx: int,
+    bias: int,
+    residual: int,
+    out: int,
+    M: int,
+    N: int,
+    K: int,
+    x_stride: int,
+    residual_stride: int,
+    out_stride: int,
+    bits: int,
+    group_size: int,
+    dtype: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def dequantize(
+    qweight: int,
+    scales: int,
+    qzeros: int,
+    g_idx: int,
+    out: int,
+    N: int,
+    K: int,
+    bits: int,
+    group_size: int,
+    scale_dtype: int,
+    dtype: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def choose_paged_attention_decode(
+    batch: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    max_blocks: int,
+    window: int,
+    props: DeviceProps,
+) -> PagedAttentionDecodeConfig: ...
+def paged_attention_decode_scratch_bytes(
+    batch: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    max_blocks: int,
+    window: int,
+    props: DeviceProps,
+) -> int: ...
+def paged_attention_decode(
+    q: int,
+    k_cache: int,
+    v_cache: int,
+    block_table: int,
+    seq_lens: int,
+    out: int,
+    lse: int,
+    scratch: int,
+    scratch_bytes: int,
+    batch: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    num_blocks: int,
+    block_size: int,
+    max_blocks: int,
+    q_stride: int,
+    block_table_stride: int,
+    window: int,
+    softmax_scale: float,
+    dtype: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def write_kv_cache(
+    k: int,
+    v: int,
+    k_cache: int,
+    v_cache: int,
+    slot_mapping: int,
+    num_tokens: int,
+    num_kv_heads: int,
+    head_dim: int,
+    num_blocks: int,
+    block_size: int,
+    k_stride: int,
+    v_stride: int,
+    dtype: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def choose_rms_norm(x: int, hidden_size: int, x_stride: int, dtype: int) -> RmsNormConfig: ...
+def rms_norm(
+    x: int,
+    residual: int,
+    weight: int,
+    out: int,
+    residual_out: int,
+    num_rows: int,
+    hidden_size: int,
+    x_stride: int,
+    residual_stride: int,
+    eps: float,
+    dtype: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def silu_and_mul(
+    x: int, out: int, num_rows: int, size: int, x_stride: int, dtype: int, device: int, stream: int
+) -> None: ...
+def apply_rope(
+    q: int,
+    k: int,
+    positions: int,
+    cos_sin: int,
+    q_out: int,
+    k_out: int,
+    num_tokens: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    q_stride: int,
+    k_stride: int,
+    max_positions: int,
+    dtype: int,
+    device: int,
+    stream: int,
+) -> None: ...
