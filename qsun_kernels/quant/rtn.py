@@ -151,13 +151,14 @@ def _round_rows(
     Returns codes as float32 (n, G, columns_per_group), padded in the last group; the stored scales (n, G);
     the zero points as float32 (n, G). first_row is the row's index in the whole matrix, for messages.
     """
-    grouped = _group(weight.float(), spec)
+    exact_weight = weight.float()
+    grouped = _group(exact_weight, spec)
     low, high = grouped.aminmax(dim=-1)
     # One look at the ends finds NaN and infinity anywhere: aminmax propagates NaN.
     if not bool((low.isfinite() & high.isfinite()).all()):
-        row, column = (int(i) for i in (~weight.isfinite()).nonzero()[0])
+        row, column = (int(i) for i in (~exact_weight.isfinite()).nonzero()[0])
         raise ValueError(
-            f"weight[{first_row + row}, {column}] is {float(weight[row, column])!r}, expected finite values"
+            f"weight[{first_row + row}, {column}] is {float(weight[row, column])!r}, expected finite float32"
         )
     below, above = (-low).clamp_(min=0), high.clamp_(min=0)
     if range_ratio is not None:
@@ -185,8 +186,10 @@ def _scale_and_zero(below: Tensor, above: Tensor, spec: QuantSpec) -> tuple[Tens
         scale = torch.where(below >= above, scale, -scale)
         zero = torch.full_like(scale, middle)
     else:
-        span = (below + above).clamp(min=torch.finfo(torch.float32).tiny)
-        crossing = (below / span * (top + 0.5) - above / span * 0.5).clamp(0, top)
+        # Relative to the larger side: the sum of both may overflow.
+        larger = torch.maximum(below, above).clamp(min=torch.finfo(torch.float32).tiny)
+        low, high = below / larger, above / larger
+        crossing = ((low * (top + 0.5) - high * 0.5) / (low + high).clamp(min=0.5)).clamp(0, top)
         candidates = torch.stack((crossing.floor(), crossing.ceil()))
         scales = torch.maximum(below / (candidates + 0.5), above / (top + 0.5 - candidates))
         scale, choice = scales.min(dim=0)
