@@ -62,6 +62,7 @@ def judge_apply_rope(
             turned,
             oracles.exact_apply_rope(heads, positions, cos_sin),
             oracles.plain_apply_rope(heads, positions, cos_sin),
+            scale=oracles.pair_lengths(heads, positions, cos_sin),
         )
         for name, turned, heads in zip("qk", got, (q, k), strict=True)
     )
@@ -83,12 +84,12 @@ def judge_write_kv_cache(
 
 def judge_paged_attention_decode(got: tuple[Tensor, Tensor], inputs: PagedAttentionInputs) -> Comparison:
     """got: (out, lse)."""
-    exact_out, exact_lse, out_terms, lse_terms = oracles.exact_paged_attention_decode(inputs)
+    out, lse = oracles.exact_paged_attention_decode(inputs)
     plain_out, plain_lse = oracles.plain_paged_attention_decode(inputs)
     return all_of(
         [
-            compare("paged_attention_decode out", got[0], exact_out, plain_out, terms=out_terms),
-            compare("paged_attention_decode lse", got[1], exact_lse, plain_lse, terms=lse_terms),
+            _compare_sum("paged_attention_decode out", got[0], out, plain_out),
+            _compare_sum("paged_attention_decode lse", got[1], lse, plain_lse),
         ]
     )
 
@@ -110,8 +111,12 @@ def judge_wna16_linear(
         got, packed = got[..., columns], oracles.take_rows(packed, columns)
         bias = None if bias is None else bias[columns]
         residual = None if residual is None else residual[..., columns]
-    exact, terms = oracles.exact_linear(x, packed, bias, residual)
-    return compare("wna16_linear", got, exact, oracles.plain_linear(x, packed, bias, residual), terms=terms)
+    exact = oracles.exact_linear(x, packed, bias, residual)
+    return _compare_sum("wna16_linear", got, exact, oracles.plain_linear(x, packed, bias, residual))
+
+
+def _compare_sum(name: str, got: Tensor, exact: oracles.Sum, plain: Tensor) -> Comparison:
+    return compare(name, got, exact.value, plain, scale=exact.scale, terms=exact.terms)
 
 
 def judge_dequantize(got: Tensor, packed: PackedWeight, dtype: torch.dtype) -> Comparison:

@@ -8,6 +8,8 @@ Shapes are those of the operators.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -16,6 +18,7 @@ from qsun_kernels.quant import PackedWeight
 from qsun_kernels.testing.inputs import PagedAttentionInputs
 
 __all__ = [
+    "Sum",
     "cached_tokens",
     "exact_apply_rope",
     "exact_linear",
@@ -23,6 +26,7 @@ __all__ = [
     "exact_rms_norm",
     "exact_silu_and_mul",
     "exact_weight",
+    "pair_lengths",
     "plain_apply_rope",
     "plain_linear",
     "plain_paged_attention_decode",
@@ -31,6 +35,24 @@ __all__ = [
     "take_rows",
     "written_cache",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """A float64 result that adds many terms up, with what its errors are judged by.
+
+    scale: the largest of |value|, what is rounded on the way, and the root of the terms' squares. terms: the
+    sum of their absolute values. All of one shape.
+    """
+
+    value: Tensor
+    scale: Tensor
+    terms: Tensor
+
+    @classmethod
+    def zeros(cls, shape: tuple[int, ...], device: torch.device) -> Sum:
+        """Nothing added up yet."""
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3)))
 
 
 def exact_rms_norm(r: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -67,6 +89,16 @@ def exact_apply_rope(heads: Tensor, positions: Tensor, cos_sin: Tensor) -> Tenso
     return torch.cat((turned.real, turned.imag), dim=-1)
 
 
+def pair_lengths(heads: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
+    """The length of the pair that each element of the turned heads belongs to: turning keeps it, up to
+    cos_sin's own.
+    """
+    lengths, stretch = (
+        torch.hypot(*t.double().chunk(2, dim=-1)) for t in (heads, cos_sin[positions][:, None, :])
+    )
+    return (lengths * stretch).repeat(1, 1, 2)
+
+
 def plain_apply_rope(heads: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
     """The formula that model code uses, with cosines and sines in the dtype of the heads."""
     half = heads.shape[-1] // 2
@@ -99,30 +131,40 @@ def cached_tokens(inputs: PagedAttentionInputs, request: int) -> tuple[Tensor, T
     return inputs.k_cache[blocks, :, offsets], inputs.v_cache[blocks, :, offsets]
 
 
-def exact_paged_attention_decode(inputs: PagedAttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out (B, Hq, D), lse (B, Hq), and the sums of absolute terms of both."""
+def exact_paged_attention_decode(inputs: PagedAttentionInputs) -> tuple[Sum, Sum]:
+    """out (B, Hq, D) and lse (B, Hq)."""
     B, Hq, D = inputs.q.shape
-    out = torch.zeros(B, Hq, D, dtype=torch.float64, device=inputs.q.device)
-    out_terms = torch.zeros_like(out)
-    lse = torch.full((B, Hq), -torch.inf, dtype=torch.float64, device=inputs.q.device)
-    lse_terms = torch.zeros_like(lse)
+    out = Sum.zeros((B, Hq, D), inputs.q.device)
+    lse = Sum.zeros((B, Hq), inputs.q.device)
+    lse.value.fill_(-torch.inf)
     for request in range(B):
         keys, values = cached_tokens(inputs, request)
         if not len(keys):
             continue
-        group = Hq // keys.shape[1]
-        keys, values = (t.double().repeat_interleave(group, dim=1) for t in (keys, values))
-        q = inputs.q[request].double()
-        scores = torch.einsum("hd,thd->ht", q, keys) * inputs.softmax_scale
-        weights = scores.softmax(-1)
-        out[request] = torch.einsum("ht,thd->hd", weights, values)
-        out_terms[request] = torch.einsum("ht,thd->hd", weights, values.abs())
-        lse[request] = scores.logsumexp(-1)
-        lse_terms[request] = (
-            torch.einsum("hd,thd->ht", q.abs(), keys.abs()).amax(-1) * abs(inputs.softmax_scale)
-            + scores.amax(-1).abs()
-        )
-    return out, lse, out_terms, lse_terms
+        keys, values = keys.double(), values.double()  # (tokens, Hkv, D)
+        q = inputs.q[request].double().view(keys.shape[1], -1, D)
+
+        def scores_of(q: Tensor, keys: Tensor) -> Tensor:
+            return torch.einsum("hgd,thd->thg", q, keys).flatten(1)
+
+        def mix(weights: Tensor, values: Tensor) -> Tensor:
+            return torch.einsum("thg,thd->hgd", weights.unflatten(1, (values.shape[1], -1)), values).flatten(
+                0, 1
+            )
+
+        scores = scores_of(q, keys) * inputs.softmax_scale
+        weights = scores.softmax(0)
+        # Of the token whose score is least certain: an error of a score is one of its weight and of the
+        # logarithm.
+        score_terms = scores_of(q.abs(), keys.abs()).amax(0) * abs(inputs.softmax_scale)
+        score_scale = scores_of(q.square(), keys.square()).amax(0).sqrt() * abs(inputs.softmax_scale)
+        out.value[request] = mix(weights, values)
+        out.terms[request] = mix(weights, values.abs()) * (1 + score_terms[:, None])
+        out.scale[request] = out.value[request].abs().maximum(mix(weights.square(), values.square()).sqrt())
+        lse.value[request] = scores.logsumexp(0)
+        lse.scale[request] = lse.value[request].abs() + score_scale
+        lse.terms[request] = lse.value[request].abs() + score_scale + score_terms
+    return out, lse
 
 
 def plain_paged_attention_decode(inputs: PagedAttentionInputs) -> tuple[Tensor, Tensor]:
@@ -155,14 +197,15 @@ def exact_weight(packed: PackedWeight) -> Tensor:
 
 def exact_linear(
     x: Tensor, packed: PackedWeight, bias: Tensor | None = None, residual: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """``x @ W.T (+ bias) (+ residual)`` and the sum of the absolute terms, both (..., N)."""
+) -> Sum:
+    """``x @ W.T (+ bias) (+ residual)``, (..., N)."""
     weight, wide = exact_weight(packed), x.double()
-    y, terms = wide @ weight.T, wide.abs() @ weight.abs().T
+    product = wide @ weight.T
+    value, terms, squares = product, wide.abs() @ weight.abs().T, wide.square() @ weight.square().T
     for term in (bias, residual):
         if term is not None:
-            y, terms = y + term.double(), terms + term.double().abs()
-    return y, terms
+            value, terms, squares = value + term, terms + term.abs(), squares + term.double().square()
+    return Sum(value, squares.sqrt().maximum(value.abs()).maximum(product.abs()), terms)
 
 
 def plain_linear(

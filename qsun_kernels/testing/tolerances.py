@@ -1,27 +1,33 @@
 """When a result is right.
 
 The rule: *the error against float64 is at most twice that of the same computation in torch at the same
-precision.* Nothing is tuned a case at a time: a harder problem is harder for torch, too. Precisely, for a
-result `got` of some dtype, the `exact` result in float64 and the `plain` result of torch in that dtype:
+precision.* Nothing is tuned case by case: a harder problem is harder for torch, too. Precisely, for a result
+`got` of some dtype, the `exact` result in float64 and the `plain` result of torch in that dtype:
 
-- Errors are relative to a scale: the largest finite |exact| of a row (the last dimension), so that
-cancellation in one
-  element is judged by what the row holds; or, for elementwise functions, |exact| of the element itself.
-- ``worst(got) <= 2 * max(worst(plain), u)`` with worst the largest such error and u = eps / 2, the rounding
-that even a
-  perfect result has. ``typical(got) <= 2 * max(typical(plain), u / 2)`` with typical the root of the mean
-  square: it sees a loss of precision everywhere that hides below the worst element.
-- Sums of few outputs can be lucky in torch. Where `terms` (the sum of the absolute values that an element
-adds up) is
-  given, float32 accumulation may cost each element a further ``2 * 2**-24 * terms``.
-- Below the normal range, half the smallest subnormal of the dtype is free.
-- NaN must meet NaN. An infinity must meet an infinity of its sign, or a value that rounds to one.
+Scale
+    Errors are relative to a scale that cancellation does not shrink. Where an element is a sum: the largest
+    of its own magnitude, that of what is rounded on the way, and the root of its terms' squares (what the sum
+    would be, were their signs random). Else |exact| of the element, or the largest finite |exact| of its row
+    (the last dimension).
+Worst
+    ``worst(got) <= 2 * max(worst(plain), u)``: worst is the largest error, u = eps / 2 the rounding that even
+    a perfect result has.
+Typical
+    For 64 elements and more, ``typical(got) <= 2 * max(typical(plain), u / 2)``: typical is the root of the
+    mean square, which sees a loss of precision everywhere that hides below the worst element.
+Accumulation
+    A result of few elements can be lucky in torch. Where `terms` (the sum of the absolute values that an
+    element adds up) is given, float32 accumulation may cost each element a further ``2 * 2**-24 * terms``.
+Limits of the dtype
+    Below the normal range half the smallest subnormal is free. NaN must meet NaN, and an infinity one of its
+    sign or a value that rounds to one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import isfinite
 from typing import Literal
 
 import torch
@@ -30,6 +36,9 @@ from torch import Tensor
 __all__ = ["Comparison", "Scale", "all_of", "compare", "compare_bits"]
 
 Scale = Literal["row", "element"]
+
+# Fewer elements have no typical error apart from their worst.
+_TYPICAL_FROM = 64
 
 _ACCUMULATION_ROUNDOFF = torch.finfo(torch.float32).eps / 2
 
@@ -67,7 +76,7 @@ def compare(
     exact: Tensor,
     plain: Tensor,
     *,
-    scale: Scale = "row",
+    scale: Scale | Tensor = "row",
     terms: Tensor | None = None,
 ) -> Comparison:
     """Judge `got` by the rule of this module.
@@ -86,7 +95,7 @@ def compare(
     free = torch.full_like(exact, finfo.smallest_normal * finfo.eps / 2)
     if terms is not None:
         free += 2 * _ACCUMULATION_ROUNDOFF * terms.to(exact.device)
-    unit = _scale(exact, scale)
+    unit = _scale(exact, scale) if isinstance(scale, str) else scale.to(exact.device)
     got_error = _relative_error(got, exact, unit, free)
     plain_error = _relative_error(plain.to(got.device), exact, unit, free)
     worst, plain_worst = got_error.max().item(), plain_error.max().item()
@@ -94,9 +103,11 @@ def compare(
         got_error.square().mean().sqrt().item(),
         plain_error.square().mean().sqrt().item(),
     )
-    # A plain computation that overflowed or lost NaN says nothing about precision.
-    allowed = 2 * max(plain_worst if plain_worst < 1 else 0.0, roundoff)
-    allowed_typical = 2 * max(plain_typical if plain_typical < 1 else 0.0, roundoff / 2)
+    # A plain computation that overflowed says nothing about precision.
+    allowed = 2 * max(plain_worst if isfinite(plain_worst) else 0.0, roundoff)
+    allowed_typical = 2 * max(plain_typical if isfinite(plain_typical) else 0.0, roundoff / 2)
+    if got.numel() < _TYPICAL_FROM:
+        allowed_typical = allowed
     where = tuple(int(i) for i in torch.unravel_index(got_error.argmax(), got.shape))
     report = (
         f"{name}: worst error {worst:.3g} (allowed {allowed:.3g}, torch {plain_worst:.3g}) at {list(where)}: "

@@ -47,7 +47,7 @@ def run(
     spans = (
         _host_spans(seq_lens, window, capacity) if q.device.type == "cpu" else [(0, capacity)] * num_requests
     )
-    queries = (q.float() * softmax_scale).view(num_requests, num_kv_heads, -1, head_dim)
+    queries = q.float().view(num_requests, num_kv_heads, -1, head_dim)
     for request, (start, stop) in enumerate(spans):
         first_block, last_block = start // block_size, -(-stop // block_size)
         if first_block == last_block:
@@ -63,12 +63,15 @@ def run(
         keys = _gather(k_cache, blocks)
         # Unwritten slots may hold NaN, and 0 * NaN would reach the sum.
         values = _gather(v_cache, blocks).masked_fill_(~visible[:, None], 0.0)
-        scores = (queries[request] @ keys.transpose(1, 2)).masked_fill_(~visible, -torch.inf)
-        row_lse = scores.logsumexp(-1)
-        # With nothing to see the logarithm is -inf, and -inf - -inf is no weight.
-        weights = torch.exp(scores - row_lse.where(row_lse != -torch.inf, 0.0).unsqueeze(-1))
-        out[request] = (weights @ values).view(num_q_heads, head_dim)
-        lse[request] = row_lse.view(num_q_heads)
+        scores = (queries[request] @ keys.transpose(1, 2)).mul_(softmax_scale)
+        scores.masked_fill_(~visible, -torch.inf)
+        largest = scores.amax(-1, keepdim=True)
+        # With nothing to see the largest score is -inf, and -inf - -inf is no weight.
+        weights = torch.exp(scores - largest.where(largest != -torch.inf, 0.0))
+        total = weights.sum(-1, keepdim=True)
+        attended = (weights @ values) / total.where(total != 0, 1.0)
+        out[request] = attended.view(num_q_heads, head_dim)
+        lse[request] = (largest + total.log()).view(num_q_heads)
     return out, lse
 
 

@@ -126,18 +126,17 @@ def run(
 ) -> Tensor:
     """``x (M, K) @ weight.T (+ bias (N,)) (+ residual (M, N))`` -> (M, N), accumulated in float32.
 
-    The dense layout rounds once with a bias or a residual. With both, and on the int4 layout with either,
-    torch has no fused form: the product is rounded, then the sum of the three is made in float32 and rounded
-    again.
+    Torch has no fused form for a bias and a residual together, nor for either on the int4 layout: there, what
+    it can fuse is rounded, and then the rest added in float32 and rounded again.
     """
     if prepared.layout == INT4PACK:
         y = _add(_multiply_int4(x, prepared), bias, residual)
     else:
         (weight,) = prepared.tensors
-        if residual is not None:
-            y = _add(torch.addmm(residual, x, weight.T), bias, None)
-        elif bias is not None:
-            y = torch.addmm(bias, x, weight.T)
+        if bias is not None:
+            y = _add(torch.addmm(bias, x, weight.T), residual)
+        elif residual is not None:
+            y = torch.addmm(residual, x, weight.T)
         else:
             y = torch.mm(x, weight.T)
     return y if out is None else out.copy_(y)
