@@ -1,12 +1,14 @@
 """Builds the wheel: three Python packages and, where nvcc is, the CUDA library.
 
 Environment
-    QSUN_CUDA        auto (default): build the CUDA library when nvcc is found; on: require it; off: leave it out.
-    QSUN_CUDA_ARCHS  architectures, separated by `;` or `,` (for example `80;90a`). Default: the visible GPU's,
-                     else 80 and 90a.
+    QSUN_CUDA        auto (default): build the CUDA library when nvcc is found; on: require it; off: leave it
+                     out.
+    QSUN_CUDA_ARCHS  architectures, separated by `;` or `,` (for example `80;90a`). Default: those of the
+                     visible GPUs, else 80 and 90a.
     QSUN_BUILD_JOBS  parallel compiler processes. Default: the number of processors.
 
-A compiler that is there and fails is an error: nobody should find out at run time that the kernels are missing.
+A compiler that is there and fails is an error: nobody should find out at run time that the kernels are
+missing.
 """
 
 from __future__ import annotations
@@ -141,7 +143,9 @@ class BuildCuda(build_ext):
 
     def get_outputs(self) -> list[str]:
         package = Path(self.build_lib) / "qsun_kernels"
-        return [str(path) for pattern in ("_C*.so", "libqsun.so*", BUILD_RECORD) for path in package.glob(pattern)]
+        return [
+            str(path) for pattern in ("_C*.so", "libqsun.so*", BUILD_RECORD) for path in package.glob(pattern)
+        ]
 
     def get_source_files(self) -> list[str]:
         return []

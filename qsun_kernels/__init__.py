@@ -18,7 +18,7 @@ from qsun_kernels.ops import (
     wna16_linear,
     write_kv_cache,
 )
-from qsun_kernels.quant import PackedWeight, QuantSpec
+from qsun_kernels.quant import PackedWeight, QuantSpec, quantize_rtn
 
 __all__ = [
     "BackendUnavailable",
@@ -32,6 +32,7 @@ __all__ = [
     "explain",
     "paged_attention_decode",
     "prepare_weight",
+    "quantize_rtn",
     "rms_norm",
     "rope_cache",
     "silu_and_mul",

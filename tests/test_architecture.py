@@ -1,7 +1,7 @@
 """The rules of the house, as a test: who may import whom, what stays out of csrc, what is never called.
 
-Each rule is a function from the sources to a list of breaches, so that the last tests can feed it a breach and see
-it caught. docs/architecture.md tells why the rules are what they are.
+Each rule is a function from the sources to a list of breaches, so that the last tests can feed it a breach and
+see it caught. docs/architecture.md tells why the rules are what they are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = {"qsun_kernels": ROOT / "qsun_kernels", "qsun": ROOT / "python" / "qsun", "qsun_bench": ROOT / "bench"}
+SOURCES = {
+    "qsun_kernels": ROOT / "qsun_kernels",
+    "qsun": ROOT / "python" / "qsun",
+    "qsun_bench": ROOT / "bench",
+}
 
 
 @dataclass(frozen=True)
@@ -96,13 +100,23 @@ def breaches_of_direction(imports: list[Import]) -> list[str]:
     ]
 
 
-# What each room inside qsun_kernels may import of its own package. Rooms not listed are leaves or the front door.
-ROOMS = {
+BACKEND_MAY_IMPORT = ("qsun_kernels.backends.problems", "qsun_kernels.quant", "qsun_kernels.errors")
+
+# What each room inside qsun_kernels may import of its own package; the front door is not listed.
+ROOMS: dict[str, tuple[str, ...]] = {
     "qsun_kernels.errors": (),
     "qsun_kernels.quant": ("qsun_kernels.errors",),
     "qsun_kernels.backends.problems": ("qsun_kernels.quant", "qsun_kernels.errors"),
-    "qsun_kernels.backends.cuda": ("qsun_kernels.backends.problems", "qsun_kernels.quant", "qsun_kernels.errors"),
-    "qsun_kernels.backends.triton": ("qsun_kernels.backends.problems", "qsun_kernels.quant", "qsun_kernels.errors"),
+    "qsun_kernels.backends.cuda": (
+        "qsun_kernels.backends.problems",
+        "qsun_kernels.quant",
+        "qsun_kernels.errors",
+    ),
+    "qsun_kernels.backends.triton": (
+        "qsun_kernels.backends.problems",
+        "qsun_kernels.quant",
+        "qsun_kernels.errors",
+    ),
     "qsun_kernels.backends.reference": (
         "qsun_kernels.backends.problems",
         "qsun_kernels.quant",
@@ -139,7 +153,7 @@ def breaches_of_rooms(imports: list[Import]) -> list[str]:
 
 
 def breaches_of_ownership(imports: list[Import]) -> list[str]:
-    """The extension is imported by one file, triton by one folder, the testing tools by tests and bench only."""
+    """The extension is imported by one file, triton by one folder, the testing tools by tests and bench."""
     owners = {
         "qsun_kernels._C": ("qsun_kernels.backends.cuda",),
         "triton": ("qsun_kernels.backends.triton",),
@@ -155,7 +169,12 @@ def breaches_of_ownership(imports: list[Import]) -> list[str]:
 
 def breaches_of_torch_free(imports: list[Import]) -> list[str]:
     """The nouns, the block pool and what decides over them run without torch."""
-    torch_free = ("qsun.core", "qsun.kv_cache.block_pool", "qsun.kv_cache.prefix_index", "qsun.engine.scheduler")
+    torch_free = (
+        "qsun.core",
+        "qsun.kv_cache.block_pool",
+        "qsun.kv_cache.prefix_index",
+        "qsun.engine.scheduler",
+    )
     banned = ("torch", "qsun_kernels", "numpy")
     return [
         str(i)
@@ -218,7 +237,9 @@ def test_imports_keep_the_rule(rule) -> None:
 
 
 def test_python_calls_nothing_banned() -> None:
-    assert [b for module, path in python_files() for b in breaches_of_custom_op(module, path.read_text())] == []
+    assert [
+        b for module, path in python_files() for b in breaches_of_custom_op(module, path.read_text())
+    ] == []
 
 
 def test_csrc_keeps_the_rules() -> None:
@@ -237,7 +258,9 @@ def test_no_binary_or_build_output_is_tracked() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode != 0:
         pytest.skip("not a git checkout")
-    assert [f for f in listed.stdout.splitlines() if f.endswith((".so", ".o", ".pyc", ".pt", ".bin", ".pkl"))] == []
+    assert [
+        f for f in listed.stdout.splitlines() if f.endswith((".so", ".o", ".pyc", ".pt", ".bin", ".pkl"))
+    ] == []
 
 
 @pytest.mark.parametrize(
@@ -281,4 +304,6 @@ def test_a_csrc_breach_is_caught(path: str, source: str) -> None:
 
 def test_banned_calls_are_caught() -> None:
     assert breaches_of_custom_op("qsun.x", "import torch\ntorch.load('x')")
-    assert breaches_of_custom_op("qsun_kernels.x", "import torch\n@torch.library.custom_op('a::b')\ndef f(): ...")
+    assert breaches_of_custom_op(
+        "qsun_kernels.x", "import torch\n@torch.library.custom_op('a::b')\ndef f(): ..."
+    )
