@@ -1,7 +1,7 @@
 """The rules of the house, as a test: who may import whom, what stays out of csrc, what is never called.
 
-Each rule is a function from the sources to a list of breaches, so that the last tests can feed it a breach and
-see it caught. docs/architecture.md tells why the rules are what they are.
+Each rule is a function from the sources to a list of breaches, so that the last tests can feed it a breach
+and see it caught. docs/architecture.md tells why the rules are what they are.
 """
 
 from __future__ import annotations
