@@ -12,6 +12,7 @@ Among equally likely tokens the lowest index goes first, everywhere.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -28,18 +29,20 @@ __all__ = ["SampledTokens", "SamplerRow", "filter_logits", "modify_logits", "sam
 class SamplerRow:
     """What the sampler has to know of one request.
 
+    tokens: prompt, then output.
     end_ids: token ids that would end it, kept from being drawn before min_tokens.
     """
 
     params: SamplingParams
     seed: int
-    prompt_token_ids: Items[int]
-    output_token_ids: Items[int]
-    end_ids: tuple[int, ...] = ()
+    tokens: Items[int]
+    num_prompt: int
+    end_ids: Collection[int] = ()
 
     @property
     def step(self) -> int:
-        return len(self.output_token_ids)
+        """Tokens of the output so far."""
+        return len(self.tokens) - self.num_prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +120,8 @@ def _penalised(params: SamplingParams) -> bool:
 def _penalties(row: SamplerRow) -> list[tuple[int, float, float]]:
     """(token, repetition factor, amount taken off) of every token that a penalty touches, each once."""
     params = row.params
-    counts = Counter(row.output_token_ids)
-    seen = counts.keys() | set(row.prompt_token_ids) if params.repetition_penalty != 1.0 else counts.keys()
+    counts = Counter(row.tokens[row.num_prompt :])
+    seen = set(row.tokens) if params.repetition_penalty != 1.0 else counts.keys()
     return [
         (
             token,

@@ -98,6 +98,11 @@ class Scheduler:
         sequence.error = error
         del self.live[sequence.request_id]
 
+    @property
+    def num_holding(self) -> int:
+        """Sequences that hold blocks."""
+        return len(self._holding)
+
     def ended(self) -> list[Sequence]:
         """The sequences that scheduling itself ended with an error since the last call."""
         ended, self._ended = self._ended, []

@@ -1,0 +1,444 @@
+"""`DecodeEngine`: several fine-tuned models, decoded in one batch by one frozen decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Items
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qsun.core import Completion, FirstToken, Request, SamplingParams, Sequence, StepOutput
+from qsun.engine.answers import Answer, CompletionBuilder
+from qsun.engine.detokenizer import TextStream
+from qsun.engine.intake import Prompt, check_given_kv, make_request, split_prompts, tokenize
+from qsun.engine.memory import refuse_fraction
+from qsun.engine.options import EngineOptions, kv_dtype_of
+from qsun.engine.outbox import Outbox
+from qsun.engine.registry import Model, Registry, load_model
+from qsun.engine.report import explain_engine
+from qsun.engine.sources import find_tokenizer, local_checkpoint
+from qsun.engine.statistics import Counters, EngineStats
+from qsun.engine.step import StepExecutor
+from qsun.engine.swap import pack_kv
+from qsun.engine.workspace import Workspace
+from qsun.errors import RequestError
+from qsun.modules.decode import DecodeModule, load_decode_module
+
+if TYPE_CHECKING:
+    from qsun.modules.prefill import PrefillModule
+    from qsun_kernels.quant import GroupSize
+
+__all__ = ["DecodeEngine"]
+
+
+class DecodeEngine:
+    """One decode module, any number of models on it, and the requests they are answering.
+
+    Usage: `from_pretrained`, `add_model` for each task, then `generate`, or `submit` and `step` from a loop
+    of your own.  The cache is made when the first request comes (or by `prepare`), so that all modules are
+    in memory before it takes what is left.
+
+    An engine belongs to one thread.  On a GPU it works on a stream of its own, so several engines can share
+    one.
+
+    tokenizer: the checkpoint's; None when it has none, and prompts have to be token ids.
+    """
+
+    def __init__(
+        self,
+        decode: DecodeModule,
+        tokenizer: Any | None,
+        options: EngineOptions | None = None,
+        *,
+        base_path: Path | str | None = None,
+    ) -> None:
+        """Most callers want `from_pretrained`.
+
+        decode: the shared decoder.  base_path: the checkpoint it comes from, into which adapters are merged;
+        by default decode.path.  Raises ValueError for options that this decoder cannot serve.
+        """
+        options = EngineOptions() if options is None else options
+        longest = decode.config.max_position_embeddings
+        if options.max_model_len is not None and options.max_model_len > longest:
+            raise ValueError(
+                f"max_model_len is {options.max_model_len}, expected at most {longest}, the longest sequence"
+                " that the model is meant for"
+            )
+        if options.memory is not None and decode.device.type != "cuda":
+            refuse_fraction(options.memory, decode.device)
+        self.decode_module = decode
+        self.tokenizer = tokenizer
+        self.options = options
+        self._base_path = decode.path if base_path is None else Path(base_path)
+        device = decode.device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._registry = Registry()
+        self._workspace: Workspace | None = None
+        self._answers: dict[str, Answer] = {}
+        self._outbox = Outbox()
+        self._counters = Counters()
+        self._arrivals = 0
+        own_end = getattr(tokenizer, "eos_token_id", None)
+        self._eos_ids = frozenset(decode.config.eos_token_ids) | ({own_end} if own_end is not None else set())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: Path | str,
+        *,
+        bits: int | None = 4,
+        group_size: GroupSize | None = None,
+        symmetric: bool = True,
+        quantizer: str = "rtn",
+        calibration: Items[Items[int]] | None = None,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str | None = None,
+        progress: Callable[[int, int, str], None] | None = None,
+        **options: Any,
+    ) -> DecodeEngine:
+        """Load the shared decode module and its tokenizer.
+
+        model: a checkpoint directory, a GGUF file, or a hub id ("owner/name").
+        bits: 2, 3, 4 or 8 quantises 16-bit weights on the way in; 16 keeps them; None takes the checkpoint as
+            it is stored.  group_size, symmetric, quantizer, calibration, dtype, device, progress: as in
+            `load_decode_module`.
+        options: the fields of `EngineOptions`: kv_cache_dtype, max_batch_size, max_model_len, block_size,
+            memory, swap_memory, prefill_chunk, first_token, backend, cuda_graphs, prefix_reuse.
+
+        Raises CheckpointError for a checkpoint that is damaged or not there, ValueError or TypeError for a
+        bad argument, BackendUnavailable for a backend that cannot run it.
+        """
+        checked = EngineOptions(**options)
+        path = local_checkpoint(model)
+        tokenizer = find_tokenizer(path)
+        decode = load_decode_module(
+            path,
+            bits=bits,
+            group_size=group_size,
+            symmetric=symmetric,
+            dtype=dtype,
+            device=device,
+            backend=checked.backend,
+            quantizer=quantizer,  # type: ignore[arg-type]  # checked there, by name
+            calibration=calibration,
+            progress=progress,
+        )
+        return cls(decode, tokenizer, checked, base_path=path)
+
+    def add_model(
+        self,
+        name: str,
+        prefill_module: PrefillModule | Path | str | None = None,
+        *,
+        first_token: FirstToken | None = None,
+    ) -> None:
+        """Register a task.
+
+        prefill_module: None is the base's own weights; a path is a full checkpoint or a LoRA adapter on the
+            base; a loaded module is taken as it is.
+        first_token: who predicts the first new token.  None is what the module's card states; a module
+            without a card runs under the engine's own setting.
+
+        Raises IncompatibleModule when the module does not fit the decode module or was trained for the other
+        convention, CheckpointError when it is damaged, ValueError for a name that is taken.
+        """
+        self._registry.check_new(name)
+        model = load_model(
+            name,
+            prefill_module,
+            decode=self.decode_module,
+            base_path=self._base_path,
+            first_token=first_token,
+            default_first_token=self.options.first_token,
+        )
+        if self._stream is not None:
+            # Its weights were copied on the caller's stream, and are read on the engine's.
+            torch.cuda.synchronize(self._stream.device)
+        self._registry.add(model)
+
+    def add_remote_model(self, name: str, *, fingerprint: str, first_token: FirstToken | None = None) -> None:
+        """Register a task whose prompts are prefilled elsewhere: it takes `submit_kv` only.
+
+        fingerprint: the provenance of its KV, as the module's own `fingerprint` elsewhere.
+        """
+        if not isinstance(fingerprint, str) or not fingerprint:
+            raise ValueError(f"fingerprint must be a non-empty string, got {fingerprint!r}")
+        convention = self.options.first_token if first_token is None else first_token
+        if convention not in ("decode", "prefill"):
+            raise ValueError(f"first_token must be 'decode', 'prefill' or None, got {first_token!r}")
+        self._registry.add(Model(name, fingerprint, convention, None))
+
+    def remove_model(self, name: str) -> None:
+        """Forget a task and release its module.
+
+        Raises RequestError for an unknown name, ValueError while it has unfinished requests.
+        """
+        self._registry.get(name)
+        unfinished = [a for a in self._answers.values() if a.sequence.request.model == name]
+        if unfinished:
+            raise ValueError(
+                f"model {name!r} has {len(unfinished)} unfinished requests, expected none: cancel them first"
+            )
+        self._registry.remove(name)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of the registered tasks."""
+        return tuple(model.name for model in self._registry)
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the users of the registered modules should know, such as shared parts that were ignored."""
+        return self._registry.notices
+
+    def prepare(self) -> None:
+        """Make the cache and capture the decode step now, instead of with the first request.
+
+        Raises ValueError when the memory does not hold what the options ask for.
+        """
+        self._working()
+
+    def _working(self) -> Workspace:
+        if self._workspace is None:
+            self._workspace = Workspace.create(self.decode_module, self.options, self._stream)
+        return self._workspace
+
+    def submit(
+        self,
+        prompt: Prompt,
+        *,
+        model: str,
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+    ) -> str:
+        """Take in a request, to be computed by the next steps.
+
+        prompt: text, token ids, or chat messages (dicts with role and content).
+        request_id: None picks one.  Returns the id.
+        Raises RequestError, changing nothing, for a request that cannot be answered.
+        """
+        entry = self._registry.get(model)
+        if entry.module is None:
+            raise RequestError(f"model {model!r} has no prefill module here: its requests come by submit_kv")
+        request = self._request(tokenize(prompt, self.tokenizer), model, params, request_id)
+        self._enter(entry, request)
+        return request.request_id
+
+    def submit_kv(
+        self,
+        prompt: Items[int],
+        k: Tensor,
+        v: Tensor,
+        next_token: int,
+        *,
+        model: str,
+        fingerprint: str,
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+    ) -> str:
+        """Take in a request whose prompt was prefilled elsewhere.
+
+        prompt: token ids of the whole prompt, N of them.
+        k, v: (num_layers, T, num_kv_heads, head_dim) of the cache's dtype, keys after rotation.  T is N - 1
+            for a model with first_token "decode", N with "prefill".
+        next_token: what the decode module reads next: the last prompt token ("decode"), or the first token of
+            the answer ("prefill"), which is then the first of the outputs.
+        fingerprint: of the module that computed the KV; it has to be the model's.
+
+        Nothing here can compute this KV again.  When its blocks are needed by an older request and the swap
+        space is full, the request ends in a MissingKV error.
+        Raises RequestError, changing nothing, for a request that cannot be answered.
+        """
+        entry = self._registry.get(model)
+        if fingerprint != entry.fingerprint:
+            raise RequestError(
+                f"fingerprint is {fingerprint!r}, expected {entry.fingerprint!r}, that of model {model!r}:"
+                " KV of another module would give another model's answer"
+            )
+        tokens = tokenize(prompt, None)
+        request = self._request(tokens, model, params, request_id)
+        check_given_kv(
+            k,
+            v,
+            next_token,
+            tokens,
+            entry.first_token,
+            model=model,
+            config=self.decode_module.config,
+            dtype=kv_dtype_of(self.options.kv_cache_dtype, self.decode_module.dtype),
+        )
+        saved = pack_kv(k, v, self.options.block_size)
+        if self._stream is not None:
+            # Packed on the caller's stream, copied into the cache on the engine's.
+            torch.cuda.synchronize(self._stream.device)
+        answer = self._enter(entry, request, saved)
+        if entry.first_token == "prefill":
+            answer.sequence.tokens.append(next_token)
+            self._counters.output_tokens += 1
+            output = answer.token(next_token, None)
+            self._outbox.put([output])
+            if output.finish_reason is not None:
+                self._executor().end(answer, output.finish_reason)
+        return request.request_id
+
+    def _request(
+        self, tokens: tuple[int, ...], model: str, params: SamplingParams | None, request_id: str | None
+    ) -> Request:
+        if request_id is None:
+            request_id = f"request-{self._arrivals}"
+            while request_id in self._answers or request_id in self._outbox:
+                request_id += "+"
+        elif not isinstance(request_id, str) or not request_id:
+            raise RequestError(f"request_id must be a non-empty string or None, got {request_id!r}")
+        elif request_id in self._answers or request_id in self._outbox:
+            raise RequestError(f"request_id {request_id!r} is in use, expected a new one")
+        limits = self._working().limits
+        return make_request(request_id, model, tokens, params, self._arrivals, limits, self.tokenizer)
+
+    def _enter(self, entry: Model, request: Request, saved: Any = None) -> Answer:
+        prompt = request.prompt_token_ids
+        prefill_length = len(prompt) - (entry.first_token == "decode")
+        sequence = Sequence(
+            request, entry.fingerprint, prefill_length, list(prompt), first_token=entry.first_token
+        )
+        if saved is not None:
+            sequence.given = True
+            sequence.state = "swapped"
+            sequence.saved = saved
+            sequence.num_computed = prefill_length
+        params = request.params
+        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids)
+        answer = Answer(sequence, TextStream(self.tokenizer, prompt, params.stop), ends)
+        self._working().scheduler.add(sequence)
+        self._answers[request.request_id] = answer
+        self._arrivals += 1
+        self._counters.prompt_tokens += len(prompt)
+        return answer
+
+    @property
+    def has_work(self) -> bool:
+        """True while `step` has something to compute or to tell."""
+        return bool(self._answers or self._outbox)
+
+    def step(self) -> list[StepOutput]:
+        """Compute one step for all requests.
+
+        Returns what each gained: usually one token for every request in the batch, and the end of those that
+        ended.  A request that fails ends with finish_reason "error"; the others go on.
+        """
+        return self._outbox.take_all() + self._compute()
+
+    def _compute(self) -> list[StepOutput]:
+        return self._executor().step() if self._answers else []
+
+    def _executor(self) -> StepExecutor:
+        return StepExecutor(self._working(), self._registry, self._answers, self._counters)
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request in whatever state it is; the next step tells so.  False when it is not running."""
+        answer = self._answers.get(request_id)
+        if answer is None:
+            return False
+        self._outbox.put([self._executor().end(answer, "cancelled")])
+        return True
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        model: str,
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+    ) -> Iterator[StepOutput]:
+        """Submit one request and yield its outputs as they come, stepping the engine for all.
+
+        Closing the iterator early cancels the request.  What other requests gain meanwhile is told by the
+        next `step`, or to their own iterators.  Raises RequestError at once, not at the first output.
+        """
+        return self._outputs_of(self.submit(prompt, model=model, params=params, request_id=request_id))
+
+    def _outputs_of(self, request_id: str) -> Iterator[StepOutput]:
+        try:
+            while True:
+                for output in self._next_of({request_id}):
+                    yield output
+                    if output.finish_reason is not None:
+                        return
+        finally:
+            if request_id in self._answers:
+                self.cancel(request_id)
+
+    def _next_of(self, request_ids: set[str]) -> list[StepOutput]:
+        """The next outputs of some requests; those of others are kept for whoever asks for them."""
+        outputs = self._outbox.take(request_ids)
+        if not outputs:
+            self._outbox.put(self._compute())
+            outputs = self._outbox.take(request_ids)
+        return outputs
+
+    def generate(
+        self,
+        prompts: Prompt | Items[Prompt],
+        *,
+        model: str | Items[str],
+        params: SamplingParams | Items[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """Answer one prompt or a list of them; returns the completions in the order of the prompts.
+
+        prompts: text, token ids or chat messages, or a list of such.
+        model, params: one for all, or a list with one for each prompt.
+        A request that fails while it runs has finish_reason "error" and its `error`; one that is refused
+        raises RequestError naming its place, and nothing is computed.
+        """
+        every = split_prompts(prompts)
+        models = _one_each("model", model, len(every))
+        all_params = _one_each("params", params, len(every))
+        builders: dict[str, CompletionBuilder] = {}
+        try:
+            for index, prompt in enumerate(every):
+                try:
+                    request_id = self.submit(prompt, model=models[index], params=all_params[index])
+                except RequestError as refused:
+                    raise RequestError(f"prompts[{index}]: {refused}") from refused
+                request = self._answers[request_id].sequence.request
+                builders[request_id] = CompletionBuilder(request.prompt_token_ids)
+            unfinished = set(builders)
+            while unfinished:
+                for output in self._next_of(unfinished):
+                    builders[output.request_id].add(output)
+                    if output.finish_reason is not None:
+                        unfinished.discard(output.request_id)
+        except BaseException:
+            self._withdraw(builders)
+            raise
+        return [builder.build() for builder in builders.values()]
+
+    def _withdraw(self, request_ids: Iterable[str]) -> None:
+        """Cancel requests of which nobody will ask."""
+        mine = set(request_ids)
+        for request_id in mine & self._answers.keys():
+            self.cancel(request_id)
+        self._outbox.take(mine)
+
+    def stats(self) -> EngineStats:
+        """Totals since the engine was made, and the state of its cache now."""
+        return EngineStats.snapshot(
+            self._counters, self._workspace, self.decode_module.bytes_per_step, len(self._answers)
+        )
+
+    def explain(self) -> str:
+        """Which backend runs what and why not the others, the models, and where the memory goes."""
+        return explain_engine(
+            self.decode_module, self.options, self._workspace, self._registry, self.tokenizer is not None
+        )
+
+
+def _one_each(name: str, value: Any, count: int) -> list[Any]:
+    if not isinstance(value, (list, tuple)):
+        return [value] * count
+    if len(value) != count:
+        raise RequestError(f"{name} is a list of {len(value)}, expected one for each of {count} prompts")
+    return list(value)

@@ -1,0 +1,82 @@
+"""The engine's settings, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+
+from qsun.core import FirstToken
+from qsun.engine.memory import parse_memory
+from qsun.engine.runner import GraphMode
+from qsun_kernels.backends.problems import BACKENDS, BackendName
+
+__all__ = ["EngineOptions", "kv_dtype_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Everything about an engine but its weights.
+
+    kv_cache_dtype: "auto" is the decode module's own.
+    max_batch_size: most requests that are computed at one time.
+    max_model_len: most tokens of prompt and answer together; None is what model and cache allow.
+    block_size: tokens in a block of the cache.
+    memory: of the KV cache: bytes, "2GiB", or a fraction of the device memory that is free when the cache is
+        made; None is 0.9 on a GPU and at most 1 GiB on a CPU.
+    swap_memory: host memory for preempted requests: bytes or "2GiB"; 0 for none.
+    prefill_chunk: most prompt tokens that are computed in one step.
+    first_token: the convention of modules that state none.
+    backend: of every operator; None is the best there is for each.
+    prefix_reuse: whether requests of one model share the KV of common beginnings.
+
+    Raises ValueError naming the field.
+    """
+
+    kv_cache_dtype: torch.dtype | str = "auto"
+    max_batch_size: int = 64
+    max_model_len: int | None = None
+    block_size: int = 16
+    memory: int | float | str | None = None
+    swap_memory: int | str | None = None
+    prefill_chunk: int = 512
+    first_token: FirstToken = "decode"
+    backend: BackendName | None = None
+    cuda_graphs: GraphMode = "auto"
+    prefix_reuse: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_size", "block_size", "prefill_chunk"):
+            _at_least(name, getattr(self, name), 1)
+        if self.max_model_len is not None:
+            _at_least("max_model_len", self.max_model_len, 2)
+        for name, value in (("memory", self.memory), ("swap_memory", self.swap_memory)):
+            if value is not None:
+                parse_memory(value, name)
+        _one_of("first_token", self.first_token, get_args(FirstToken))
+        _one_of("cuda_graphs", self.cuda_graphs, get_args(GraphMode))
+        _one_of("backend", self.backend, (None, *BACKENDS))
+        kv_dtype_of(self.kv_cache_dtype, torch.float32)
+
+
+def kv_dtype_of(kv_cache_dtype: torch.dtype | str, own: torch.dtype) -> torch.dtype:
+    """The cache's dtype; "auto" is the module's own.  Names such as "bfloat16" are understood."""
+    if kv_cache_dtype == "auto":
+        return own
+    dtype = getattr(torch, kv_cache_dtype, None) if isinstance(kv_cache_dtype, str) else kv_cache_dtype
+    allowed = (torch.float32, torch.float16, torch.bfloat16)
+    if dtype not in allowed:
+        raise ValueError(f"kv_cache_dtype must be 'auto' or one of {allowed}, got {kv_cache_dtype!r}")
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _at_least(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -1,0 +1,113 @@
+"""What an engine has once it starts to work: its cache, and all that is sized by it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from qsun.engine.intake import Limits
+from qsun.engine.memory import MemoryPlan, plan_memory
+from qsun.engine.options import EngineOptions, kv_dtype_of
+from qsun.engine.report import require_operators
+from qsun.engine.runner import Runner, step_memory
+from qsun.engine.scheduler import Scheduler
+from qsun.engine.swap import HostSwap
+from qsun.kv_cache.block_tables import BlockTables, blocks_for
+from qsun.kv_cache.tensors import KVCache
+
+if TYPE_CHECKING:
+    from qsun.modules.decode import DecodeModule
+
+__all__ = ["Workspace"]
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Cache, swap space, scheduler and runner of one engine."""
+
+    plan: MemoryPlan
+    limits: Limits
+    kv_cache: KVCache
+    swap: HostSwap
+    scheduler: Scheduler
+    runner: Runner
+
+    @classmethod
+    def create(
+        cls, decode: DecodeModule, options: EngineOptions, stream: torch.cuda.Stream | None
+    ) -> Workspace:
+        """Measure, plan and allocate; capture the decode step where graphs are used.
+
+        Raises ValueError when the memory holds no block or not max_model_len tokens, BackendUnavailable when
+        an operator has no backend.
+        """
+        config, device = decode.config, decode.device
+        kv_dtype = kv_dtype_of(options.kv_cache_dtype, decode.dtype)
+        require_operators(decode, options.block_size, kv_dtype, options.backend)
+        longest = options.max_model_len or config.max_position_embeddings
+        plan = plan_memory(
+            options.memory,
+            options.swap_memory,
+            bytes_per_block=KVCache.block_bytes(config, options.block_size, kv_dtype),
+            block_size=options.block_size,
+            useful_tokens=options.max_batch_size * longest,
+            device=device,
+            reserve=_reserve(decode, options, kv_dtype, longest, stream),
+        )
+        if options.max_model_len is None:
+            longest = min(longest, plan.num_tokens)
+        elif longest > plan.num_tokens:
+            raise ValueError(
+                f"max_model_len is {longest}, but the KV cache holds {plan.num_tokens} tokens ({plan})"
+            )
+        kv_cache = KVCache.allocate(config, plan.num_blocks, options.block_size, kv_dtype, device)
+        if stream is not None:
+            # The cache was zeroed on the caller's stream.
+            torch.cuda.synchronize(device)
+        swap = HostSwap(kv_cache, plan.swap_blocks)
+        tables = BlockTables(plan.num_blocks, options.block_size, prefix_reuse=options.prefix_reuse)
+        return cls(
+            plan=plan,
+            limits=Limits(config.vocab_size, longest, options.block_size, plan.num_blocks),
+            kv_cache=kv_cache,
+            swap=swap,
+            scheduler=Scheduler(
+                tables,
+                max_batch_size=options.max_batch_size,
+                token_budget=options.prefill_chunk,
+                swap=swap,
+            ),
+            runner=Runner(
+                decode,
+                kv_cache,
+                max_batch_size=options.max_batch_size,
+                max_blocks=blocks_for(longest, options.block_size),
+                stream=stream,
+                backend=options.backend,
+                cuda_graphs=options.cuda_graphs,
+            ),
+        )
+
+
+def _reserve(
+    decode: DecodeModule,
+    options: EngineOptions,
+    kv_dtype: torch.dtype,
+    longest: int,
+    stream: torch.cuda.Stream | None,
+) -> int:
+    """Device bytes to leave for a step; only asked for where the cache takes what is left."""
+    if stream is None or isinstance(options.memory, (int, str)):
+        return 0
+    return step_memory(
+        decode,
+        kv_dtype=kv_dtype,
+        block_size=options.block_size,
+        token_budget=options.prefill_chunk,
+        max_batch_size=options.max_batch_size,
+        max_model_len=longest,
+        stream=stream,
+        backend=options.backend,
+    )
