@@ -92,12 +92,13 @@ def compare(
     exact = exact.to(got.device, torch.float64)
     finfo = torch.finfo(got.dtype)
     roundoff = finfo.eps / 2
-    free = torch.full_like(exact, finfo.smallest_normal * finfo.eps / 2)
+    underflow = finfo.smallest_normal * finfo.eps / 2
+    free: Tensor | float = underflow
     if terms is not None:
-        free += 2 * _ACCUMULATION_ROUNDOFF * terms.to(exact.device)
+        free = underflow + 2 * _ACCUMULATION_ROUNDOFF * terms.to(exact.device)
     unit = _scale(exact, scale) if isinstance(scale, str) else scale.to(exact.device)
     got_error = _relative_error(got, exact, unit, free)
-    plain_error = _relative_error(plain.to(got.device), exact, unit, free)
+    plain_error = _relative_error(plain.to(got.device), exact, unit, underflow)
     worst, plain_worst = got_error.max().item(), plain_error.max().item()
     typical, plain_typical = (
         got_error.square().mean().sqrt().item(),
@@ -146,7 +147,7 @@ def _scale(exact: Tensor, scale: Scale) -> Tensor:
     return magnitude
 
 
-def _relative_error(value: Tensor, exact: Tensor, unit: Tensor, free: Tensor) -> Tensor:
+def _relative_error(value: Tensor, exact: Tensor, unit: Tensor, free: Tensor | float) -> Tensor:
     """|value - exact| beyond what is free, relative to the unit; infinity for what no unit measures."""
     wide = value.to(torch.float64)
     error = ((wide - exact).abs() - free).clamp_(min=0.0)

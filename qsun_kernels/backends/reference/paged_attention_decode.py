@@ -47,7 +47,7 @@ def run(
     spans = (
         _host_spans(seq_lens, window, capacity) if q.device.type == "cpu" else [(0, capacity)] * num_requests
     )
-    queries = q.float().view(num_requests, num_kv_heads, -1, head_dim)
+    queries = q.float().view(num_requests, num_kv_heads, num_q_heads // num_kv_heads, head_dim)
     for request, (start, stop) in enumerate(spans):
         first_block, last_block = start // block_size, -(-stop // block_size)
         if first_block == last_block:
