@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+import torch
+
 from qsun_bench import compare, report, results, tables
 from qsun_bench.cases import Selection, Suite, suites
 from qsun_bench.results import ResultsError, Run
@@ -113,6 +115,8 @@ def run_decode(arguments: argparse.Namespace) -> int:
 
     if arguments.layers is not None and arguments.model is not None:
         raise UsageError("--layers: a checkpoint has the layers it has, expected --shape with it")
+    if arguments.dtype == torch.float32:
+        raise UsageError("--dtype: the step is judged against float32, expected bfloat16 or float16")
     recording = _recording(arguments)
     request = Request(
         device=arguments.device,
@@ -130,7 +134,15 @@ def run_decode(arguments: argparse.Namespace) -> int:
         smoke=arguments.smoke,
     )
     header = _header(arguments, recording)
-    return _finish(Run(header, tuple(decode_records(request))), NAME, BASELINE, arguments, recording)
+    records = []
+    for record, note in decode_records(request):
+        if record is None:
+            print(f"not run: {note}", file=sys.stderr)
+        else:
+            records.append(record)
+            if not record.ok:
+                print(f"WRONG: {record.case} {record.backend}: {note}", file=sys.stderr)
+    return _finish(Run(header, tuple(records)), NAME, BASELINE, arguments, recording)
 
 
 def _recording(arguments: argparse.Namespace) -> tuple[Path, str] | None:

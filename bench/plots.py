@@ -48,7 +48,7 @@ def _over_rows(run: Run, timed: list[Record]) -> Figure:
         axes.plot(*zip(*floor, strict=True), color="black", linestyle=":", linewidth=1, label="bytes / read")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        sizes = [size for size, _ in floor]
+        sizes = [int(str(size)) for size, _ in floor]
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.set_title(f"{title}  ({records[0].fields['K']} x {records[0].fields['N']})", fontsize=8)
         axes.set_xlabel("M")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
     """The sizes of one decoder-only transformer.
 
-    hidden, intermediate, vocabulary: widths. layers, q_heads, kv_heads, head_dim: of the attention.
+    hidden, intermediate, vocabulary: widths. q_heads, kv_heads, head_dim: of the attention. tied: the
+    embedding is the lm_head too. The architecture decides about the norms of queries and keys.
     """
 
     name: str
+    architecture: Literal["llama", "qwen3"]
     layers: int
     hidden: int
     intermediate: int
@@ -21,6 +24,8 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     vocabulary: int
+    tied: bool
+    rope_theta: float
 
     @property
     def linears(self) -> Mapping[str, tuple[int, int]]:
@@ -37,10 +42,10 @@ class ModelShape:
 SHAPES: Mapping[str, ModelShape] = {
     shape.name: shape
     for shape in (
-        ModelShape("smollm2-135m", 30, 576, 1536, 9, 3, 64, 49152),
-        ModelShape("llama-3.1-8b", 32, 4096, 14336, 32, 8, 128, 128256),
-        ModelShape("qwen3-8b", 36, 4096, 12288, 32, 8, 128, 151936),
-        ModelShape("llama-3.1-70b", 80, 8192, 28672, 64, 8, 128, 128256),
+        ModelShape("smollm2-135m", "llama", 30, 576, 1536, 9, 3, 64, 49152, True, 1e5),
+        ModelShape("llama-3.1-8b", "llama", 32, 4096, 14336, 32, 8, 128, 128256, False, 5e5),
+        ModelShape("qwen3-8b", "qwen3", 36, 4096, 12288, 32, 8, 128, 151936, False, 1e6),
+        ModelShape("llama-3.1-70b", "llama", 80, 8192, 28672, 64, 8, 128, 128256, False, 5e5),
     )
 }
 

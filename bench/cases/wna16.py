@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qsun_bench.cases import Json, Selection, Suite, generator
+from qsun_bench.random_weights import random_packed_weight, weight_bytes
 from qsun_bench.shapes import ModelShape, shape
 from qsun_kernels.backends.problems import Wna16Problem
 from qsun_kernels.quant import Bits, GroupSize, PackedWeight, QuantSpec
@@ -77,12 +78,8 @@ class Wna16Case:
 
     @property
     def bytes(self) -> int:
-        groups = self.spec.num_groups(self.K)
-        scales = self.N * groups * self.dtype.itemsize
-        # Zero points are counted at the width of a code: that is all they hold, however they are stored.
-        zeros = 0 if self.spec.symmetric else self.N * groups * self.spec.bits // 8
         activations = self.M * (self.K + self.N) * self.dtype.itemsize
-        return self.N * self.K * self.spec.bits // 8 + scales + zeros + activations
+        return weight_bytes(self.N, self.K, self.spec, self.dtype) + activations
 
     @property
     def operands_key(self) -> object:
@@ -106,21 +103,8 @@ class Wna16Case:
         )
 
     def operands(self, device: torch.device) -> Wna16Operands:
-        """Codes drawn uniformly; scales such that outputs of unit-variance inputs are of order one."""
         g = generator(device, "weight", self.operands_key)
-        groups = self.spec.num_groups(self.K)
-        codes = torch.randint(
-            0, self.spec.max_code + 1, (self.N, self.K), dtype=torch.uint8, device=device, generator=g
-        )
-        spread = 2.0 / (self.spec.max_code * self.K**0.5)
-        scales = (torch.rand(self.N, groups, device=device, generator=g) + 0.5) * spread
-        zeros = None
-        if not self.spec.symmetric:
-            zeros = torch.randint(
-                0, self.spec.max_code + 1, (self.N, groups), dtype=torch.uint8, device=device, generator=g
-            )
-        packed = PackedWeight.from_codes(codes, scales.to(self.dtype), self.spec, zeros)
-        return Wna16Operands(packed, self.dtype)
+        return Wna16Operands(random_packed_weight(self.N, self.K, self.spec, self.dtype, g), self.dtype)
 
     def activation(self, device: torch.device) -> Tensor:
         g = generator(device, "x", self.M, self.K)
