@@ -1,0 +1,159 @@
+"""wna16_linear and prepare_weight: one-hot exactness, against float64, extremes, and the layouts of the CPU."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from qsun_kernels import PackedWeight, QuantSpec, dequantize, prepare_weight, use_backend, wna16_linear
+from qsun_kernels.testing import inputs, judge
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SPECS = [
+    QuantSpec(bits, group_size, symmetric)
+    for bits, group_size in [(2, 64), (3, 32), (4, 32), (4, 64), (4, 128), (4, "channel"), (8, 128)]
+    for symmetric in (True, False)
+]
+# N and K that the int4 kernel of torch takes, and that nothing divides.
+SIZES = [(1, 1), (16, 64), (33, 130), (48, 192), (64, 1024), (17, 64), (16, 200)]
+
+
+def weight_of(
+    spec: QuantSpec, N: int, K: int, dtype: torch.dtype, act_order: bool = False, seed: int = 0
+) -> PackedWeight:
+    """A random weight with its scales in the dtype of the activations."""
+    source = inputs.generator(N * 10_000 + K + seed)
+    return inputs.packed_weight(source, N, K, spec, act_order=act_order).with_scales(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("act_order", [False, True], ids=["in order", "act-order"])
+def test_a_one_hot_input_gives_its_column_bit_for_bit(
+    act_order: bool, spec: QuantSpec, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Every weight, for every k and n: the codes, the groups and the rounding are all right, or one of these differs."""
+    for N, K in [(16, 192), (19, 130)]:
+        packed = weight_of(spec, N, K, dtype, act_order).to(device)
+        prepared = prepare_weight(packed, dtype=dtype, backend="torch")
+        identity = torch.eye(K, dtype=dtype, device=device)
+        expected = dequantize(packed, dtype, backend="torch").T
+        assert torch.equal(wna16_linear(identity, prepared), expected)
+        for k in (0, 31, K // 2, K - 1):
+            assert torch.equal(wna16_linear(identity[k], prepared), expected[k])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize(("N", "K"), SIZES)
+def test_agrees_with_float64(N: int, K: int, spec: QuantSpec, dtype: torch.dtype, device: torch.device) -> None:
+    packed = weight_of(spec, N, K, dtype).to(device)
+    prepared = prepare_weight(packed, dtype=dtype, backend="torch")
+    source = inputs.generator(1)
+    bias = inputs.normal(source, (N,), dtype, device)
+    for rows in (0, 1, 3, 17):
+        x = inputs.normal(source, (rows, K), dtype, device)
+        residual = inputs.normal(source, (rows, N), dtype, device)
+        for b in (None, bias):
+            for r in (None, residual):
+                with inputs.poisoned_outputs():
+                    y = wna16_linear(x, prepared, b, r)
+                judge.judge_wna16_linear(y, x, packed, b, r).require()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group_size", [32, 128, "channel"])
+def test_act_order_agrees_with_float64(group_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    packed = weight_of(QuantSpec(4, group_size, True), 48, 300, dtype, act_order=True).to(device)
+    prepared = prepare_weight(packed, dtype=dtype, backend="torch")
+    x = inputs.normal(inputs.generator(2), (5, 300), dtype, device)
+    judge.judge_wna16_linear(wna16_linear(x, prepared), x, packed).require()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_inputs_with_a_mean_add_up(dtype: torch.dtype, device: torch.device) -> None:
+    """Activations that all have one sign, so that a wrong offset of a group would add up instead of cancelling."""
+    packed = weight_of(QuantSpec(4, 64, False), 32, 512, dtype).to(device)
+    prepared = prepare_weight(packed, dtype=dtype, backend="torch")
+    x = inputs.normal(inputs.generator(3), (4, 512), dtype, device).abs() + 1
+    judge.judge_wna16_linear(wna16_linear(x, prepared), x, packed).require()
+
+
+def test_float16_sums_past_its_range_on_the_way() -> None:
+    """Partial sums reach 2e6 and the result fits: accumulation has to be wider than float16."""
+    spec = QuantSpec(4, 32, True)
+    codes = torch.full((16, 64), 9, dtype=torch.uint8)
+    codes[:, 32:] = 7
+    packed = PackedWeight.from_codes(codes, torch.ones(16, 2, dtype=torch.float16), spec)
+    prepared = prepare_weight(packed, dtype=torch.float16)
+    x = torch.full((1, 64), 60000.0, dtype=torch.float16)
+    x[0, 0] = 60032.0
+    assert wna16_linear(x, prepared).tolist() == [[32.0] * 16]
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float16, 4), (torch.bfloat16, 4), (torch.bfloat16, 8)])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_value_spoils_its_row_only(bad: float, dtype: torch.dtype, bits: int) -> None:
+    packed = weight_of(QuantSpec(bits, 32, True), 32, 64, dtype)  # type: ignore[arg-type]
+    prepared = prepare_weight(packed, dtype=dtype)
+    x = inputs.normal(inputs.generator(4), (6, 64), dtype)
+    expected = wna16_linear(x, prepared)
+    x[3, 5] = bad
+    y = wna16_linear(x, prepared)
+    rest = [0, 1, 2, 4, 5]
+    assert torch.equal(y[rest], expected[rest])
+    assert not y[3].isfinite().any()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_leading_dimensions_views_and_out(bits: int) -> None:
+    packed = weight_of(QuantSpec(bits, 32, True), 32, 64, torch.bfloat16)  # type: ignore[arg-type]
+    prepared = prepare_weight(packed, dtype=torch.bfloat16)
+    source = inputs.generator(5)
+    wide = inputs.normal(source, (2, 3, 100), torch.bfloat16)
+    view = wide[..., 20:84]
+    residual = inputs.normal(source, (2, 3, 40), torch.bfloat16)[..., :32]
+    expected = wna16_linear(view.reshape(6, 64).contiguous(), prepared, None, residual.reshape(6, 32))
+    y = wna16_linear(view, prepared, None, residual)
+    assert y.shape == (2, 3, 32)
+    assert torch.equal(y.view(6, 32), expected)
+    out = torch.full((2, 3, 32), torch.nan, dtype=torch.bfloat16)
+    assert wna16_linear(view, prepared, None, residual, out=out) is out
+    assert torch.equal(out, y)
+    assert torch.equal(wna16_linear(view[0, 0], prepared), wna16_linear(view, prepared)[0, 0])
+    assert wna16_linear(view[:0], prepared).shape == (0, 3, 32)
+
+
+def test_repeats_bit_for_bit() -> None:
+    for spec in (QuantSpec(4, 64, True), QuantSpec(4, 64, False)):
+        prepared = prepare_weight(weight_of(spec, 128, 512, torch.bfloat16), dtype=torch.bfloat16)
+        x = inputs.normal(inputs.generator(6), (5, 512), torch.bfloat16)
+        assert torch.equal(wna16_linear(x, prepared), wna16_linear(x, prepared))
+
+
+def test_scales_are_rounded_to_the_activations() -> None:
+    """A float32 scale that bfloat16 cannot hold: every backend multiplies by the rounded one."""
+    spec = QuantSpec(4, "channel", True)
+    packed = PackedWeight.from_codes(torch.full((16, 32), 9, dtype=torch.uint8), torch.full((16, 1), 1.001), spec)
+    x = torch.eye(32, dtype=torch.bfloat16)
+    y = wna16_linear(x, prepare_weight(packed, dtype=torch.bfloat16))
+    assert (y == 1.0).all()
+    y = wna16_linear(x.float(), prepare_weight(packed, dtype=torch.float32))
+    assert (y == torch.tensor(1.001)).all()
+
+
+def test_a_weight_stays_with_its_backend() -> None:
+    packed = weight_of(QuantSpec(4, 32, True), 16, 32, torch.float32)
+    prepared = prepare_weight(packed, dtype=torch.float32, backend="torch")
+    assert prepared.backend == "torch"
+    x = torch.ones(1, 32)
+    with use_backend("cuda"):
+        y = wna16_linear(x, prepared)
+    assert torch.equal(y, wna16_linear(x, prepared, backend="torch"))
+
+
+def test_prepared_weight_counts_its_bytes() -> None:
+    packed = weight_of(QuantSpec(4, 64, True), 64, 128, torch.bfloat16)
+    assert prepare_weight(packed, dtype=torch.float32, backend="torch").nbytes == 64 * 128 * 4
