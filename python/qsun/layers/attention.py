@@ -84,9 +84,8 @@ class Attention:
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views (T, heads, head_dim) of the queries, keys and values in qkv (T, N)."""
-        heads = qkv.view(qkv.shape[0], -1, self.head_dim)
         sizes = [self.num_q_heads, self.num_kv_heads, self.num_kv_heads]
-        q, k, v = heads.split(sizes, dim=1)
+        q, k, v = qkv.view(qkv.shape[0], sum(sizes), self.head_dim).split(sizes, dim=1)
         return q, k, v
 
     def _attend_chunk(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, chunk: PrefillChunk) -> Tensor:

@@ -141,7 +141,11 @@ def hf_config_from_model(config: ModelConfig) -> dict[str, Any]:
     if config.dtype is not None:
         raw["dtype"] = str(config.dtype).removeprefix("torch.")
     # What was written must say what was meant: some combinations have no spelling for some architectures.
-    if model_config_from_hf(raw, "config.json") != config:
+    try:
+        faithful = model_config_from_hf(raw, "config.json") == config
+    except CheckpointError:
+        faithful = False
+    if not faithful:
         raise UnsupportedModel(
             f"config is {config}, expected one that a {config.architecture} config.json can state"
         )

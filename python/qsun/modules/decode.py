@@ -199,7 +199,7 @@ def resolve_device(device: torch.device | str | None) -> torch.device:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     resolved = torch.device(device)
-    if resolved.type == "cuda" and resolved.index is None:
+    if resolved == torch.device("cuda"):
         # Tensors report an index, so a device without one would compare unequal to theirs.
         resolved = torch.device("cuda", torch.cuda.current_device())
     return resolved
