@@ -104,12 +104,14 @@ class SafetensorsReader:
         index = Fields(read_json_object(index_path), str(index_path)).mapping("weight_map")
         promised = {name: index.string(name) for name in index.names()}
         where: dict[str, SafetensorsFile] = {}
-        for shard in sorted(set(promised.values())):
+        shards = sorted(set(promised.values()))
+        for shard in shards:
             if Path(shard).name != shard or not shard.endswith(".safetensors"):
                 raise CheckpointError(
                     f"{index_path}: shard {shard!r} is not a *.safetensors name inside the directory, "
                     "expected one"
                 )
+        for shard in shards:
             if not (self.path / shard).exists():
                 raise CheckpointError(
                     f"{self.path / shard} is missing, expected it because {INDEX_FILE} names it"
