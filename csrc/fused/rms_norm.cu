@@ -45,6 +45,28 @@ namespace {
 
 constexpr int kMaxThreads = 1024;
 
+// 1 / sqrt(value) as a sum of two floats. In one float it would be off by up to half a unit in its last
+// place, the same way for the whole row, and float32 results with it.
+struct InverseRoot {
+  float high;
+  float low;
+
+  __device__ __forceinline__ explicit InverseRoot(float value) : high(1.0f / sqrtf(value)) {
+    // A Newton step on what is left: 1 - value * high^2, with the rounding of the square put back.
+    const float square = high * high;
+    const float left = fmaf(-value, square, 1.0f) - value * fmaf(high, high, -square);
+    low = isfinite(left) ? 0.5f * high * left : 0.0f;
+  }
+
+  // a / sqrt(value) * b, rounded about once. In this order, because a * b can overflow where the result does
+  // not.
+  __device__ __forceinline__ float times(float a, float b) const {
+    const float normed = a * high;
+    const float lost = fmaf(a, high, -normed) + a * low;
+    return fmaf(normed, b, lost * b);
+  }
+};
+
 template <typename T, int kSize>
 __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(RmsNormParams p) {
   // Rows
@@ -73,7 +95,7 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(RmsNormParams p) 
     for (int i = 0; i < kSize; ++i) squares = fmaf(to_float(r.data[i]), to_float(r.data[i]), squares);
   }
   const float mean = block_sum(squares) / static_cast<float>(p.hidden_size);
-  const float scale = 1.0f / sqrtf(mean + p.eps);
+  const InverseRoot scale(mean + p.eps);
 
   // Scale; every thread reads what it wrote or read itself, so no thread waits for another.
   const T* source = has_residual ? residual_out : x;
@@ -82,7 +104,7 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(RmsNormParams p) 
     const Vector<T, kSize> w = load_readonly<kSize>(weight + h);
 #pragma unroll
     for (int i = 0; i < kSize; ++i)
-      r.data[i] = from_float<T>(to_float(r.data[i]) * scale * to_float(w.data[i]));
+      r.data[i] = from_float<T>(scale.times(to_float(r.data[i]), to_float(w.data[i])));
     store(out + h, r);
   }
 }

@@ -1,8 +1,8 @@
 #include <cuda_runtime_api.h>
 
+#include <map>
 #include <mutex>
 #include <string>
-#include <vector>
 
 #include "qsun/device.h"
 #include "runtime/error.h"
@@ -47,20 +47,17 @@ cudaError_t query(int device, DeviceProps* props) {
 
 Status device_props(int device, DeviceProps* props) {
   static std::mutex mutex;
-  static std::vector<DeviceProps> known;  // sm_count 0: not asked yet
+  static std::map<int, DeviceProps> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto index = static_cast<size_t>(device);
-  if (device >= 0 && index < known.size() && known[index].sm_count > 0) {
-    *props = known[index];
+  if (const auto found = known.find(device); found != known.end()) {
+    *props = found->second;
     return {};
   }
-  DeviceProps found;
-  if (cudaError_t error = query(device, &found); error != cudaSuccess) {
+  DeviceProps asked;
+  if (cudaError_t error = query(device, &asked); error != cudaSuccess) {
     return cuda_status(error, "device_props", "device=" + std::to_string(device));
   }
-  if (index >= known.size()) known.resize(index + 1);
-  known[index] = found;
-  *props = found;
+  *props = known[device] = asked;
   return {};
 }
 

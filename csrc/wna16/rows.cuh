@@ -149,7 +149,7 @@ template <typename T, int kBits, int kTileM>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 1) wna16_rows_kernel(RowsArguments a) {
   static_assert(kSlabValues / kTileM % kStepCodes == 0, "a slab is a whole number of steps");
   constexpr int kSlabSteps = kSlabValues / kTileM / kStepCodes;
-  __shared__ alignas(16) T smem_x[kSlabValues];
+  alignas(16) __shared__ T smem_x[kSlabValues];
 
   // Roles. A warp past the last row repeats it and writes nothing: it still has to help with x.
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
