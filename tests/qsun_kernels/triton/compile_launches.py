@@ -1,0 +1,248 @@
+"""Compile, for a GPU that need not be here, what the launchers would launch.
+
+A script, run by test_triton_compiles.py in a process of its own without TRITON_INTERPRET: interpreted kernels
+cannot be compiled. Every launcher is called with CPU tensors while the launch itself is replaced by a
+recorder, so that the argument types, the compile-time constants, the number of warps and the specialisation
+on alignment are those of a real call and cannot drift away from it. Prints one JSON object a line: what was
+compiled, and what ptxas and the PTX say about it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from qsun_kernels.backends.triton import paged_attention_decode as attention
+from qsun_kernels.backends.triton import wna16_linear as linear
+from qsun_kernels.backends.triton.apply_rope import apply_rope
+from qsun_kernels.backends.triton.dequantize import dequantize
+from qsun_kernels.backends.triton.rms_norm import rms_norm
+from qsun_kernels.backends.triton.silu_and_mul import silu_and_mul
+from qsun_kernels.backends.triton.write_kv_cache import write_kv_cache
+from qsun_kernels.quant import PackedWeight, QuantSpec
+
+H100_MULTIPROCESSORS = 132
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+Launch = tuple[JITFunction, dict[str, Any], dict[str, Any]]
+
+
+def recorded(call: Callable[[], object]) -> list[Launch]:
+    """The launches that `call` makes: (kernel, arguments by name, options)."""
+    launches: list[Launch] = []
+
+    def record(self: JITFunction, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
+        names = [parameter.name for parameter in self.params]
+        arguments = dict(zip(names, args, strict=False))
+        options = {}
+        for name, value in kwargs.items():
+            (arguments if name in names else options)[name] = value
+        if set(arguments) != set(names):
+            raise AssertionError(f"{self.__name__} got {sorted(arguments)}, expected {names}")
+        launches.append((self, arguments, options))
+
+    launch, JITFunction.run = JITFunction.run, record
+    try:
+        call()
+    finally:
+        JITFunction.run = launch
+    return launches
+
+
+def source_of(kernel: JITFunction, arguments: dict[str, Any]) -> ASTSource:
+    """The source with the types and the specialisation that a launch with these arguments gets."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[object]]] = {}
+    for index, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        specialised = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and specialised):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + TYPE_NAMES[value.dtype]
+            aligned = value.data_ptr() % 16 == 0
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+            aligned = False
+        else:
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            aligned = specialised and value % 16 == 0
+        if aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def compiled(case: str, launch: Launch, arch: int) -> dict[str, object]:
+    """Compile one launch for sm_`arch` down to machine code, and report on it."""
+    kernel, arguments, options = launch
+    begin = time.perf_counter()
+    binary = triton.compile(source_of(kernel, arguments), target=GPUTarget("cuda", arch, 32), options=options)
+    seconds = time.perf_counter() - begin
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK"))
+    return {
+        "kernel": kernel.__name__,
+        "case": case,
+        "arch": arch,
+        "seconds": round(seconds, 2),
+        "shared": binary.metadata.shared,
+        "registers": registers,
+        "stack": stack,
+        "atomics": sorted(set(re.findall(r"\b(?:atom|red)\.[\w.:]+", binary.asm["ptx"]))),
+        "tensor_cores": sorted(set(re.findall(r"\bw?g?mma\.[\w.:]+", binary.asm["ptx"]))),
+    }
+
+
+def weight(
+    bits: int, group_size: int | str, *, symmetric: bool, act_order: bool, dtype: torch.dtype
+) -> PackedWeight:
+    N, K = 256, 512
+    spec = QuantSpec(bits, group_size, symmetric)
+    G = spec.num_groups(K)
+    return PackedWeight(
+        spec,
+        N,
+        K,
+        torch.zeros(N, spec.num_words(K), dtype=torch.int32),
+        torch.ones(N, G, dtype=dtype),
+        None if symmetric else torch.zeros(N, G, dtype=torch.uint8),
+        torch.zeros(K, dtype=torch.int32) if act_order else None,
+    )
+
+
+def linear_case(
+    bits: int,
+    group_size: int | str,
+    dtype: torch.dtype,
+    *,
+    M: int = 1,
+    symmetric: bool = True,
+    act_order: bool = False,
+    added: bool = False,
+) -> Callable[[], object]:
+    """added: with a bias and a residual. The configuration is the one for K = 4096, N = 4096 on an H100."""
+    packed = weight(bits, group_size, symmetric=symmetric, act_order=act_order, dtype=dtype)
+    x = torch.zeros(M, packed.K, dtype=dtype)
+    bias = torch.zeros(packed.N, dtype=dtype) if added else None
+    residual = torch.zeros(M, packed.N, dtype=dtype) if added else None
+    config = linear.choose(M, 4096, 4096, group_size, act_order, dtype, H100_MULTIPROCESSORS)
+    prepared = linear.prepare(packed, dtype)
+    return lambda: linear.wna16_linear(x, prepared, bias, residual, None, config)
+
+
+def attention_case(
+    dtype: torch.dtype,
+    *,
+    kv_dtype: torch.dtype | None = None,
+    heads: tuple[int, int] = (32, 8),
+    head_dim: int = 128,
+    parts: int = 1,
+    window: int | None = None,
+) -> Callable[[], object]:
+    q = torch.zeros(2, heads[0], head_dim, dtype=dtype)
+    cache = torch.zeros(4, heads[1], 16, head_dim, dtype=kv_dtype or dtype)
+    table = torch.zeros(2, 16, dtype=torch.int32)
+    lengths = torch.zeros(2, dtype=torch.int32)
+    return lambda: attention.paged_attention_decode(q, cache, cache, table, lengths, 0.1, window, parts)
+
+
+def small_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The operators beside the two large ones."""
+    x = torch.zeros(2, 4096, dtype=dtype)
+    long = torch.zeros(2, 12288, dtype=dtype)
+    yield "rms_norm", lambda: rms_norm(x, x[0], 1e-6)
+    yield "rms_norm residual", lambda: rms_norm(x, x[0], 1e-6, x)
+    yield "rms_norm two passes", lambda: rms_norm(long, long[0], 1e-6, long)
+    yield "silu_and_mul", lambda: silu_and_mul(long)
+    q, k = torch.zeros(3, 32, 128, dtype=dtype), torch.zeros(3, 8, 128, dtype=dtype)
+    positions = torch.zeros(3, dtype=torch.int64)
+    yield "apply_rope", lambda: apply_rope(q, k, positions, torch.zeros(8, 128))
+    cache = torch.zeros(4, 8, 16, 128, dtype=dtype)
+    yield "write_kv_cache", lambda: write_kv_cache(k, k, cache, cache, positions)
+    yield "write_kv_cache to float32", lambda: write_kv_cache(k, k, cache.float(), cache.float(), positions)
+    for bits, act_order in ((3, True), (4, False)):
+        packed = weight(bits, 64, symmetric=act_order, act_order=act_order, dtype=dtype)
+        yield f"dequantize {bits}", lambda packed=packed: dequantize(packed, dtype)
+
+
+def quick_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every kernel at least once, on the paths that differ most."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    yield from small_cases(bf16)
+    yield "W4 g128 bf16, split K", linear_case(4, 128, bf16)
+    yield "W3 g64 fp16 asymmetric", linear_case(3, 64, fp16, symmetric=False, M=64, added=True)
+    yield "W4 g128 bf16 act-order", linear_case(4, 128, bf16, act_order=True, added=True)
+    yield "W8 channel fp32", linear_case(8, "channel", fp32, M=3, added=True)
+    yield "32/8 x 128 bf16", attention_case(bf16)
+    yield "32/8 x 128 bf16 in parts", attention_case(bf16, parts=8, window=100)
+    yield "9/3 x 64 fp32 on bf16", attention_case(fp32, kv_dtype=bf16, heads=(9, 3), head_dim=64)
+
+
+def more_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every width of codes with every kind of group; dtypes, tiles and heads that launchers pick."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for dtype in (fp16, fp32):
+        for name, case in small_cases(dtype):
+            yield f"{name} {dtype}", case
+    token_counts, symmetric = itertools.cycle((1, 17, 100)), itertools.cycle((False, True, False, True, True))
+    for bits, group_size in itertools.product((2, 3, 4, 8), (32, 128, "channel")):
+        M, is_symmetric = next(token_counts), next(symmetric)
+        case = linear_case(bits, group_size, bf16, M=M, symmetric=is_symmetric)
+        yield f"W{bits} {group_size} symmetric={is_symmetric} M={M}", case
+    for bits, dtype, act_order in ((3, fp16, True), (4, bf16, True), (3, fp32, False), (4, fp32, True)):
+        case = linear_case(bits, 64, dtype, M=33, symmetric=False, act_order=act_order, added=True)
+        yield f"W{bits} g64 {dtype} act-order={act_order} M=33", case
+    for dtype, head_dim, heads, parts in (
+        (bf16, 64, (9, 3), 1),
+        (fp16, 80, (32, 32), 4),
+        (bf16, 96, (71, 1), 4),
+        (fp16, 128, (28, 4), 1),
+        (bf16, 256, (8, 4), 1),
+        (fp32, 128, (32, 8), 4),
+    ):
+        case = attention_case(dtype, heads=heads, head_dim=head_dim, parts=parts)
+        yield f"{heads} x {head_dim} {dtype} parts={parts}", case
+    yield "fp16 on bf16", attention_case(fp16, kv_dtype=bf16)
+
+
+def main() -> None:
+    which, *arches = sys.argv[1:]
+    cases = {"quick": quick_cases, "more": more_cases}[which]
+    for name, call in cases():
+        for launch in recorded(call):
+            for arch in map(int, arches):
+                print(json.dumps(compiled(name, launch, arch)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
