@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from qsun_kernels.quant.awq_search import AwqOptions, QuantizedLayer, quantize_layer
+from qsun_kernels.quant.calibration import InputStatistics
 from qsun_kernels.quant.packed import PackedWeight, concatenate_rows
 from qsun_kernels.quant.packing import pack_codes, unpack_codes
 from qsun_kernels.quant.rtn import quantize_rtn
 from qsun_kernels.quant.spec import Bits, GroupSize, QuantSpec
 
 __all__ = [
+    "AwqOptions",
     "Bits",
     "GroupSize",
+    "InputStatistics",
     "PackedWeight",
     "QuantSpec",
+    "QuantizedLayer",
     "concatenate_rows",
     "pack_codes",
+    "quantize_layer",
     "quantize_rtn",
     "unpack_codes",
 ]

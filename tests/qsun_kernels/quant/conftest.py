@@ -31,6 +31,12 @@ def _float_weight(packed: PackedWeight) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """The same random numbers in every run, whichever tests run before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def float_weight() -> Callable[[PackedWeight], torch.Tensor]:
     """The float64 weight that a PackedWeight stands for, by slow loops over bits."""
