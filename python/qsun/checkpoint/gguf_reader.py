@@ -55,7 +55,11 @@ class GGUFReader:
         self.quantization: CheckpointFormat | None = None
         try:
             self._file = GGUFFile(path)
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({error.strerror}), expected a GGUF file"
+            ) from error
+        except ValueError as error:
             raise CheckpointError(_named(path, error)) from error
         try:
             self._stored_names = {

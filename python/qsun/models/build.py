@@ -76,10 +76,9 @@ def build_linear(parts: Sequence[Projection], placement: Placement) -> Linear:
         # The parts are moved first, so that the copy that joins them is not made in host memory.
         moved = [weight.to(device=placement.device, dtype=placement.dtype) for weight in dense]
         return DenseLinear(moved[0] if len(moved) == 1 else torch.cat(moved), bias)
-    whole = None if dense else concatenate_rows(packed)
-    if whole is None:
+    if dense or not are_one_matrix(packed):
         return SplitLinear([build_linear([part], placement) for part in parts])
     prepared = prepare_weight(
-        whole, dtype=placement.dtype, device=placement.device, backend=placement.backend
+        concatenate_rows(packed), dtype=placement.dtype, device=placement.device, backend=placement.backend
     )
     return QuantLinear(prepared, bias)
