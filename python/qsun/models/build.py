@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qsun.layers.attention import Attention
-from qsun.layers.linear import DenseLinear, Linear, QuantLinear, SplitLinear
+from qsun.layers.linear import DenseLinear, Linear, QuantLinear, SplitLinear, are_one_matrix
 from qsun.layers.mlp import GatedMLP
 from qsun.layers.norm import RMSNorm
 from qsun.models.config import ModelConfig
