@@ -18,7 +18,13 @@ BF16 = torch.bfloat16
     ("spec", "N", "K", "layout", "reason"),
     [
         (QuantSpec(4, 128, True), 32, 256, "torch.int4pack", ""),
-        (QuantSpec(4, 128, True), 32, 192, "torch.int4pack", ""),  # a short last group: two groups of 64 a scale
+        (
+            QuantSpec(4, 128, True),
+            32,
+            192,
+            "torch.int4pack",
+            "",
+        ),  # a short last group: two groups of 64 a scale
         (QuantSpec(4, "channel", True), 32, 96, "torch.int4pack", ""),
         (QuantSpec(2, 32, False), 16, 64, "torch.int4pack", ""),
         (QuantSpec(3, 64, False), 16, 64, "torch.int4pack", ""),
@@ -75,5 +81,7 @@ def test_a_weight_that_overflows_its_dtype_is_refused() -> None:
     codes = torch.full((3, 8), 128, dtype=torch.uint8)
     codes[1, 2] = 255
     packed = PackedWeight.from_codes(codes, torch.full((3, 1), 1000.0), spec)
-    with pytest.raises(ValueError, match=r"weight\[1, 2\] is inf once dequantised to torch.float16, expected values"):
+    with pytest.raises(
+        ValueError, match=r"weight\[1, 2\] is inf once dequantised to torch.float16, expected values"
+    ):
         prepare_weight(packed, dtype=torch.float16)

@@ -17,7 +17,12 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize(("bits", "group_size"), [(2, 32), (3, 128), (4, 64), (8, "channel")])
 def test_is_the_product_bit_for_bit(
-    bits: int, group_size: int, symmetric: bool, scale_dtype: torch.dtype, dtype: torch.dtype, device: torch.device
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    scale_dtype: torch.dtype,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
     spec = QuantSpec(bits, group_size, symmetric)  # type: ignore[arg-type]
     for N, K in [(1, 1), (5, 31), (16, 64), (7, 300)]:
@@ -34,7 +39,9 @@ def test_is_the_product_bit_for_bit(
 def test_by_hand() -> None:
     codes = torch.tensor([[0, 15, 8, 1]], dtype=torch.uint8)
     spec = QuantSpec(4, "channel", False)
-    packed = PackedWeight.from_codes(codes, torch.tensor([[0.5]]), spec, torch.tensor([[3]], dtype=torch.uint8))
+    packed = PackedWeight.from_codes(
+        codes, torch.tensor([[0.5]]), spec, torch.tensor([[3]], dtype=torch.uint8)
+    )
     assert dequantize(packed, torch.float32).tolist() == [[-1.5, 6.0, 2.5, -1.0]]
     symmetric = PackedWeight.from_codes(codes, torch.tensor([[0.5]]), QuantSpec(4, "channel", True))
     assert dequantize(symmetric, torch.float32).tolist() == [[-4.0, 3.5, 0.0, -3.5]]

@@ -71,7 +71,9 @@ def test_angles_are_those_of_transformers_bit_for_bit(configuration: dict[str, A
 
 def test_default_by_hand() -> None:
     table = rope_cache(RopeParameters(100.0), 4, 3)
-    assert table[2].tolist() == pytest.approx([math.cos(2), math.cos(0.2), math.sin(2), math.sin(0.2)], abs=1e-6)
+    assert table[2].tolist() == pytest.approx(
+        [math.cos(2), math.cos(0.2), math.sin(2), math.sin(0.2)], abs=1e-6
+    )
 
 
 def test_no_positions() -> None:

@@ -15,12 +15,13 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", inputs.ODD_WIDTHS)
-@pytest.mark.parametrize("rows", inputs.ODD_ROWS)
-def test_agrees_with_float64(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
-    x = inputs.normal(inputs.generator(rows * 10_000 + width), (rows, 2 * width), dtype, device, std=2.0)
-    with inputs.poisoned_outputs():
-        y = silu_and_mul(x, backend="torch")
-    judge.judge_silu_and_mul(y, x).require()
+def test_agrees_with_float64(width: int, dtype: torch.dtype, device: torch.device) -> None:
+    source = inputs.generator(width)
+    for rows in inputs.ODD_ROWS:
+        x = inputs.normal(source, (rows, 2 * width), dtype, device, std=2.0)
+        with inputs.poisoned_outputs():
+            y = silu_and_mul(x, backend="torch")
+        judge.judge_silu_and_mul(y, x).require()
 
 
 def test_by_hand() -> None:
@@ -42,7 +43,7 @@ def test_extreme_gates(dtype: torch.dtype) -> None:
 
 
 def test_one_rounding_only() -> None:
-    # silu(gate) alone overflows nothing here, but its product does not fit float16 exactly; two roundings would differ.
+    # With silu(gate) rounded before the product, a good part of the elements would differ.
     source = inputs.generator(5)
     x = inputs.normal(source, (64, 128), torch.float16, std=3.0)
     gate, up = x.double().chunk(2, dim=-1)

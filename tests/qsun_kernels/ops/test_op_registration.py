@@ -1,0 +1,256 @@
+"""torch.ops.qsun.*: schema, fake tensors, torch.compile, tracing, and that no gradient is dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from qsun_kernels import (
+    PackedWeight,
+    PreparedWeight,
+    QuantSpec,
+    RopeParameters,
+    apply_rope,
+    dequantize,
+    paged_attention_decode,
+    prepare_weight,
+    rms_norm,
+    rope_cache,
+    silu_and_mul,
+    use_backend,
+    wna16_linear,
+    write_kv_cache,
+)
+from qsun_kernels.ops.library import LIBRARY, is_traced
+from qsun_kernels.testing import inputs
+
+
+def weights(
+    dtype: torch.dtype, device: torch.device, spec: QuantSpec | None = None
+) -> tuple[PackedWeight, PreparedWeight]:
+    spec = QuantSpec(4, 32, True) if spec is None else spec
+    packed = inputs.packed_weight(inputs.generator(0), 16, 64, spec, scale_dtype=dtype, device=device)
+    return packed, prepare_weight(packed, dtype=dtype, backend="torch")
+
+
+def operator_arguments(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    """Arguments of the registered operator, in the order of its schema."""
+    source = inputs.generator(1)
+    x = inputs.normal(source, (3, 64), dtype, device)
+    weight = inputs.normal(source, (64,), dtype, device)
+    case = inputs.paged_attention_inputs(
+        source,
+        [0, 5, 33],
+        num_q_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        block_size=4,
+        dtype=dtype,
+        device=device,
+    )
+    # opcheck compares by value, so the caches hold no NaN here.
+    k_cache, v_cache = case.k_cache.nan_to_num(), case.v_cache.nan_to_num()
+    q, k, v = inputs.qkv_views(source, 3, 4, 2, 8, dtype, device)
+    positions, slots = (torch.tensor(p, device=device) for p in ([1, 2, 3], [0, -1, 7]))
+    cos_sin = rope_cache(RopeParameters(10000.0), 8, 50, device)
+    packed, prepared = weights(dtype, device, QuantSpec(3, "channel", False))
+    arguments: dict[str, tuple[Any, ...]] = {
+        "rms_norm": (x, weight, 1e-6),
+        "rms_norm_residual": (x, x.clone(), weight, 1e-6),
+        "silu_and_mul": (x,),
+        "apply_rope": (q, k, positions, cos_sin),
+        "write_kv_cache": (k, v, k_cache, v_cache, slots),
+        "paged_attention_decode": (case.q, k_cache, v_cache, case.block_table, case.seq_lens, 0.3, 7),
+        "dequantize": (packed.qweight, packed.scales, packed.qzeros, None, 3, -1, False, 64, dtype),
+        "wna16_linear": (x, list(prepared.tensors), prepared.layout, 3, -1, False, 16, 64, weight[:16], None),
+    }
+    return arguments[name]
+
+
+NAMES = (
+    "rms_norm",
+    "rms_norm_residual",
+    "silu_and_mul",
+    "apply_rope",
+    "write_kv_cache",
+    "paged_attention_decode",
+    "dequantize",
+    "wna16_linear",
+)
+
+
+def test_every_registered_operator_is_checked_here() -> None:
+    assert {name.partition("::")[2] for name in LIBRARY._op_defs} == set(NAMES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """torch's own check of schema, aliasing, fake tensors and functionalisation."""
+    torch.library.opcheck(getattr(torch.ops.qsun, name).default, operator_arguments(name, dtype, device))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fake_tensors_give_shapes_without_running(name: str) -> None:
+    arguments = operator_arguments(name, torch.float16, torch.device("cpu"))
+    # The operator changes its caches, so the real run comes after the fake one has seen them.
+    with FakeTensorMode() as mode:
+        fake = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, arguments)
+        got = getattr(torch.ops.qsun, name)(*fake)
+    real = getattr(torch.ops.qsun, name)(*arguments)
+    got_tensors, real_tensors = (torch.utils._pytree.tree_leaves(t) for t in (got, real))
+    for fake_one, real_one in zip(got_tensors, real_tensors, strict=True):
+        if real_one is None:
+            assert fake_one is None
+            continue
+        assert (fake_one.shape, fake_one.dtype) == (real_one.shape, real_one.dtype)
+        assert fake_one.stride() == real_one.stride()
+
+
+def decode_layer(x: Tensor, residual: Tensor, cache: tuple[Tensor, Tensor], layer: dict[str, Any]) -> Tensor:
+    """Every operator once, as a model would chain them."""
+    normed, residual = rms_norm(x, layer["norm"], eps=1e-6, residual=residual)
+    q, k = apply_rope(normed.view(3, 8, 8), residual.view(3, 8, 8), layer["positions"], layer["cos_sin"])
+    write_kv_cache(k, k, *cache, layer["slots"])
+    attended, lse = paged_attention_decode(
+        q, *cache, layer["block_table"], layer["seq_lens"], softmax_scale=0.3, lse=True
+    )
+    hidden = wna16_linear(attended.view(3, 64), layer["prepared"], layer["bias"], residual[:, :16])
+    gated = silu_and_mul(rms_norm(hidden, layer["norm"][:16], eps=1e-6, backend="torch"))
+    dense = dequantize(layer["packed"], gated.dtype)
+    return gated @ dense[:8, :5] + lse.sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiles_to_one_graph(dtype: torch.dtype, device: torch.device) -> None:
+    source = inputs.generator(2)
+    packed, prepared = weights(dtype, device)
+    layer = {
+        "norm": inputs.normal(source, (64,), dtype, device),
+        "bias": inputs.normal(source, (16,), dtype, device),
+        "positions": torch.tensor([1, 2, 3], device=device),
+        "cos_sin": rope_cache(RopeParameters(10000.0), 8, 50, device),
+        "slots": torch.tensor([0, 5, 9], device=device),
+        "block_table": torch.tensor([[0], [1], [2]], dtype=torch.int32, device=device),
+        "seq_lens": torch.tensor([1, 2, 2], dtype=torch.int32, device=device),
+        "packed": packed,
+        "prepared": prepared,
+    }
+    x, residual = (inputs.normal(source, (3, 64), dtype, device) for _ in range(2))
+    caches = [torch.ones(3, 8, 4, 8, dtype=dtype, device=device) for _ in range(4)]
+    expected = decode_layer(x, residual, (caches[0], caches[1]), layer)
+    compiled = torch.compile(decode_layer, backend="aot_eager", fullgraph=True)
+    got = compiled(x, residual, (caches[2], caches[3]), layer)
+    assert torch.equal(got, expected)
+    assert torch.equal(caches[2], caches[0])
+    assert not (caches[2] == 1).all()
+
+
+def test_a_compiled_graph_obeys_the_context_when_it_runs() -> None:
+    from qsun_kernels import BackendUnavailable
+
+    compiled = torch.compile(lambda x: silu_and_mul(x), backend="aot_eager", fullgraph=True)
+    x = torch.ones(3, 8)
+    assert torch.equal(compiled(x), silu_and_mul(x))
+    if not torch.cuda.is_available():
+        with use_backend("cuda"), pytest.raises(BackendUnavailable, match="silu_and_mul"):
+            compiled(x)
+    literal = torch.compile(lambda x: silu_and_mul(x, backend="torch"), backend="aot_eager", fullgraph=True)
+    with use_backend("cuda"):
+        assert torch.equal(literal(x), silu_and_mul(x, backend="torch"))
+
+
+@pytest.mark.damaged
+def test_use_backend_inside_a_compiled_function_is_an_error() -> None:
+    def inside(x: Tensor) -> Tensor:
+        with use_backend("torch"):
+            return silu_and_mul(x)
+
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"use_backend|Observed exception"):
+        torch.compile(inside, backend="aot_eager", fullgraph=True)(torch.ones(3, 8))
+
+
+def test_tracing_sees_one_operator() -> None:
+    x = torch.ones(3, 8)
+    for traced in (lambda x: silu_and_mul(x), torch.func.functionalize(lambda x: silu_and_mul(x))):
+        graph = make_fx(traced)(x)
+        assert [node.target for node in graph.graph.nodes if node.op == "call_function"] == [
+            torch.ops.qsun.silu_and_mul.default
+        ]
+
+
+def test_public_functions_take_fake_tensors() -> None:
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(torch.ones(3, 8))
+        y = rms_norm(fake, mode.from_tensor(torch.ones(8)), eps=1e-6)
+    assert isinstance(y, torch._subclasses.FakeTensor)
+    assert is_traced(fake)
+    assert not is_traced(torch.ones(1), None, torch.nn.Parameter(torch.ones(1)))
+
+
+GRADIENT_CASES: dict[str, Callable[[Tensor], Any]] = {
+    "rms_norm x": lambda t: rms_norm(t, torch.ones(8), eps=1e-6),
+    "rms_norm weight": lambda t: rms_norm(torch.ones(1, 8), t[0], eps=1e-6),
+    "rms_norm residual": lambda t: rms_norm(torch.ones(1, 8), torch.ones(8), eps=1e-6, residual=t),
+    "silu_and_mul x": silu_and_mul,
+    "apply_rope q": lambda t: apply_rope(
+        t.view(1, 1, 8), torch.ones(1, 1, 8), torch.zeros(1, dtype=torch.int64), torch.ones(2, 8)
+    ),
+    "write_kv_cache k": lambda t: write_kv_cache(
+        t.view(1, 1, 8),
+        torch.ones(1, 1, 8),
+        torch.ones(1, 1, 1, 8),
+        torch.ones(1, 1, 1, 8),
+        torch.tensor([0]),
+    ),
+    "paged_attention_decode v_cache": lambda t: paged_attention_decode(
+        torch.ones(1, 1, 8),
+        torch.ones(1, 1, 1, 8),
+        t.view(1, 1, 1, 8),
+        torch.zeros(1, 1, dtype=torch.int32),
+        torch.ones(1, dtype=torch.int32),
+        softmax_scale=1.0,
+    ),
+    "wna16_linear residual": lambda t: wna16_linear(
+        torch.ones(1, 64), weights(torch.float32, torch.device("cpu"))[1], None, torch.cat((t, t), dim=-1)
+    ),
+}
+
+
+@pytest.mark.damaged
+@pytest.mark.parametrize("case", GRADIENT_CASES)
+def test_a_wanted_gradient_is_an_error(case: str) -> None:
+    operator, argument = case.split()
+    wants = torch.ones(1, 8, requires_grad=True)
+    with pytest.raises(RuntimeError, match=f"{operator} has no gradient and {argument} requires one"):
+        GRADIENT_CASES[case](wants)
+    with torch.no_grad():
+        GRADIENT_CASES[case](wants)
+    with torch.inference_mode():
+        GRADIENT_CASES[case](wants)
+
+
+@pytest.mark.damaged
+@pytest.mark.parametrize("name", NAMES)
+def test_direct_calls_of_the_operators_refuse_gradients(name: str) -> None:
+    arguments = list(operator_arguments(name, torch.float32, torch.device("cpu")))
+    position = 1 if name == "dequantize" else 0
+    arguments[position] = arguments[position].clone().requires_grad_()
+    with pytest.raises(RuntimeError, match=f"{name} has no gradient and .* requires one"):
+        getattr(torch.ops.qsun, name)(*arguments)
+    with torch.no_grad():
+        getattr(torch.ops.qsun, name)(*arguments)
+
+
+@pytest.mark.damaged
+def test_a_layout_of_no_backend_is_named() -> None:
+    arguments = list(operator_arguments("wna16_linear", torch.float32, torch.device("cpu")))
+    arguments[2] = "rocm.rows"
+    with pytest.raises(ValueError, match=r"layout is 'rocm.rows', expected one that starts with cuda"):
+        torch.ops.qsun.wna16_linear(*arguments)
