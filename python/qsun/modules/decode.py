@@ -21,6 +21,7 @@ from qsun.modules.card import DecoderFingerprint, ModuleCard, check_card_fits_ch
 from qsun.modules.digest import base_digest, vocabulary_digest
 from qsun.modules.quantize import Progress, Quantizer, decoder_layers, plan_quantization
 from qsun_kernels import QuantSpec, rope_cache
+from qsun_kernels.backends.dispatch import requested_backend
 from qsun_kernels.backends.problems import BackendName
 from qsun_kernels.quant import GroupSize
 
@@ -105,10 +106,9 @@ def load_decode_module(
     """Read a decode module, quantising 16-bit weights on the way when asked to.
 
     path: a checkpoint directory or a GGUF file.
-    bits: 2, 3, 4 or 8 quantises 16-bit weights; 16 keeps them; None takes the checkpoint as it is.  For a
-    checkpoint
-        that is quantised already (AWQ, GPTQ, compressed-tensors), bits and group_size must be its own or
-        None.
+    bits: 2, 3, 4 or 8 quantises 16-bit weights; 16 keeps them; None takes the checkpoint as it is.
+        For one that is quantised already (AWQ, GPTQ, compressed-tensors), bits and group_size must be its
+        own or None.
     group_size, symmetric: see `QuantSpec`; None is the largest group that divides every projection.
     dtype: of activations and of all that is not quantised: float32, float16, bfloat16, or "auto" for the
         checkpoint's own (bfloat16 when it states none).
@@ -120,10 +120,10 @@ def load_decode_module(
     Raises CheckpointError for a damaged or contradictory checkpoint, UnsupportedModel (a CheckpointError) for
     what is not implemented, ValueError for a bad argument, BackendUnavailable for a backend that cannot.
     """
-    placement = Placement(torch.float32, resolve_device(device), backend)
+    requested_backend(backend)  # an unknown name is the caller's mistake, not the checkpoint's
     reader = open_checkpoint(path)
     try:
-        placement = Placement(resolve_dtype(dtype, reader.config), placement.device, backend)
+        placement = Placement(resolve_dtype(dtype, reader.config), resolve_device(device), backend)
         plan = plan_quantization(
             reader,
             bits=bits,

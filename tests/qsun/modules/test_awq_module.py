@@ -1,0 +1,132 @@
+"""AWQ over a whole model: closer than rounding, and keys and values keep their meaning."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qsun.modules.decode import load_decode_module
+
+GENERATOR = torch.Generator().manual_seed(5)
+CALIBRATION = [torch.randint(3, 96, (length,), generator=GENERATOR).tolist() for length in (50, 7, 33, 64)]
+HELD_OUT = torch.randint(3, 96, (48,), generator=GENERATOR).tolist()
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def outliers(tiny, request, tmp_path_factory):
+    """A tiny model in which a few channels are twenty times as active as the others."""
+    path = shutil.copytree(tiny(request.param).path, tmp_path_factory.mktemp("outliers") / "model")
+    tensors = load_file(path / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("layernorm.weight"):
+            tensor[::13] *= 20
+        if name.endswith(
+            ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
+        ):
+            tensor[:, ::13] /= 10
+    save_file(tensors, path / "model.safetensors")
+    return path
+
+
+def logits(paged, module) -> torch.Tensor:
+    sequence = paged(module)
+    return torch.cat([sequence.prefill(HELD_OUT[:40]), *(sequence.step(token) for token in HELD_OUT[40:])])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_awq_is_closer_than_rounding_on_held_out_tokens(outliers, paged, dtype):
+    arguments = {"bits": 4, "group_size": 32, "dtype": dtype, "device": "cpu"}
+    exact = logits(paged, load_decode_module(outliers, dtype=torch.float32, device="cpu"))
+    rounded = logits(paged, load_decode_module(outliers, **arguments))
+    searched = logits(
+        paged, load_decode_module(outliers, quantizer="awq", calibration=CALIBRATION, **arguments)
+    )
+    assert (searched - exact).norm() < 0.8 * (rounded - exact).norm()
+
+
+def test_keys_and_values_stay_the_same_functions(outliers, paged):
+    """With 8 bits the cache of the AWQ module is the dense module's, as nearly as that of plain rounding is.
+
+    Scales fold into norms and the up projection.  Scaling v_proj for o_proj's sake would show here.
+    """
+
+    def cache_of(module) -> torch.Tensor:
+        sequence = paged(module)
+        sequence.prefill(HELD_OUT)
+        return sequence.cache.read_blocks(sequence.block_ids[: len(HELD_OUT) // 4].tolist())
+
+    arguments = {"bits": 8, "dtype": torch.float32, "device": "cpu"}
+    dense = load_decode_module(outliers, dtype=torch.float32, device="cpu")
+    searched = load_decode_module(outliers, quantizer="awq", calibration=CALIBRATION, **arguments)
+    expected, got = cache_of(dense), cache_of(searched)
+    rounded = cache_of(load_decode_module(outliers, **arguments))
+    for layer in range(3):
+        for side in range(2):
+            error = (got[layer, side] - expected[layer, side]).norm()
+            assert error < 1.5 * (rounded[layer, side] - expected[layer, side]).norm()
+            assert error < 0.05 * expected[layer, side].norm()
+    # Norms really were changed, so there was something to get wrong.
+    before, after = (
+        dense.stack.layers[0].attention_norm.weight,
+        searched.stack.layers[0].attention_norm.weight,
+    )
+    assert (after / before - 1).abs().max() > 0.5
+
+
+def test_calibration_activations_are_the_dense_models(outliers, paged, monkeypatch):
+    """What the search of layer 2 sees is the input that the unquantised model gives it."""
+    from qsun.modules import awq
+
+    seen = []
+    original = awq.quantize_layer
+
+    def record(tensors, inputs, spec, **options):
+        seen.append({name: statistics.mean_abs for name, statistics in inputs.items()})
+        return original(tensors, inputs, spec, **options)
+
+    monkeypatch.setattr(awq, "quantize_layer", record)
+    load_decode_module(
+        outliers,
+        bits=2,
+        group_size=32,
+        dtype=torch.float32,
+        device="cpu",
+        quantizer="awq",
+        calibration=[CALIBRATION[0]],
+    )
+    from transformers import AutoModelForCausalLM
+
+    hf = AutoModelForCausalLM.from_pretrained(outliers, dtype=torch.float32)
+    layer = hf.model.layers[2]
+    captured = {}
+    hooks = {
+        "attention_input": layer.self_attn.q_proj,
+        "attention_output": layer.self_attn.o_proj,
+        "mlp_input": layer.mlp.gate_proj,
+        "mlp_output": layer.mlp.down_proj,
+    }
+    for name, module in hooks.items():
+        module.register_forward_hook(lambda _, inputs, __, name=name: captured.update({name: inputs[0][0]}))
+    with torch.no_grad():
+        hf(torch.tensor([CALIBRATION[0]]))
+    assert set(seen[2]) == set(captured)
+    for name, activations in captured.items():
+        torch.testing.assert_close(seen[2][name], activations.abs().mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_awq_repeats_bit_for_bit(outliers):
+    arguments = {
+        "bits": 4,
+        "dtype": torch.bfloat16,
+        "device": "cpu",
+        "quantizer": "awq",
+        "calibration": CALIBRATION[:1],
+    }
+    first, second = (load_decode_module(outliers, **arguments) for _ in range(2))
+    for a, b in zip(first.stack.layers, second.stack.layers, strict=True):
+        assert torch.equal(a.mlp_norm.weight, b.mlp_norm.weight)
+        for x, y in zip(a.mlp.gate_up.weight.tensors, b.mlp.gate_up.weight.tensors, strict=True):
+            assert torch.equal(x, y)
