@@ -41,38 +41,79 @@ def run(
     """
     num_requests, num_q_heads, head_dim = q.shape
     num_kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
-    capacity = block_table.shape[1] * block_size
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.full((num_requests, num_q_heads), -torch.inf, dtype=torch.float32, device=q.device)
-    spans = (
-        _host_spans(seq_lens, window, capacity) if q.device.type == "cpu" else [(0, capacity)] * num_requests
-    )
+    capacity = block_table.shape[1] * block_size
+    if capacity == 0 or num_requests == 0:
+        return out, lse
     queries = q.float().view(num_requests, num_kv_heads, num_q_heads // num_kv_heads, head_dim)
-    for request, (start, stop) in enumerate(spans):
-        first_block, last_block = start // block_size, -(-stop // block_size)
-        if first_block == last_block:
+    attend = _attend_by_host if q.device.type == "cpu" else _attend_by_device
+    attend(queries, k_cache, v_cache, block_table, seq_lens, softmax_scale, window, out, lse)
+    return out, lse
+
+
+def _attend_by_host(
+    queries: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    softmax_scale: float,
+    window: int | None,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Read the lengths, and gather for each request exactly the tokens that it attends to."""
+    block_size = k_cache.shape[2]
+    for request, (start, stop) in enumerate(_host_spans(seq_lens, window, block_table.shape[1] * block_size)):
+        if start == stop:
             continue
-        positions = torch.arange(first_block * block_size, last_block * block_size, device=q.device)
+        first = start // block_size
+        blocks = block_table[request, first : -(-stop // block_size)]
+        span = slice(start - first * block_size, stop - first * block_size)
+        keys, values = _gather(k_cache, blocks)[:, span], _gather(v_cache, blocks)[:, span]
+        scores = (queries[request] @ keys.transpose(1, 2)).mul_(softmax_scale)
+        out[request], lse[request] = _softmax(scores, values)
+
+
+def _attend_by_device(
+    queries: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    softmax_scale: float,
+    window: int | None,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Leave the lengths where they are: gather the whole row of the table, and mask what a request cannot see."""
+    block_size = k_cache.shape[2]
+    positions = torch.arange(block_table.shape[1] * block_size, device=out.device)
+    for request in range(out.shape[0]):
         length = seq_lens[request]
         visible = positions < length
         if window is not None:
             visible &= positions >= length - window
-        blocks = block_table[request, first_block:last_block]
         # Block ids past the length mean nothing, so they are not followed.
-        blocks = blocks.where(positions[::block_size] < length, 0)
-        keys = _gather(k_cache, blocks)
+        blocks = block_table[request].where(positions[::block_size] < length, 0)
+        scores = (queries[request] @ _gather(k_cache, blocks).transpose(1, 2)).mul_(softmax_scale)
         # Unwritten slots may hold NaN, and 0 * NaN would reach the sum.
         values = _gather(v_cache, blocks).masked_fill_(~visible[:, None], 0.0)
-        scores = (queries[request] @ keys.transpose(1, 2)).mul_(softmax_scale)
-        scores.masked_fill_(~visible, -torch.inf)
-        largest = scores.amax(-1, keepdim=True)
-        # With nothing to see the largest score is -inf, and -inf - -inf is no weight.
-        weights = torch.exp(scores - largest.where(largest != -torch.inf, 0.0))
-        total = weights.sum(-1, keepdim=True)
-        attended = (weights @ values) / total.where(total != 0, 1.0)
-        out[request] = attended.view(num_q_heads, head_dim)
-        lse[request] = (largest + total.log()).view(num_q_heads)
-    return out, lse
+        out[request], lse[request] = _softmax(scores.masked_fill_(~visible, -torch.inf), values)
+
+
+def _softmax(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax-weighted values (Hq, D) and logarithms of the denominators (Hq,).
+
+    scores (Hkv, Hq / Hkv, L), -inf where nothing is to be seen; values (Hkv, L, D), both float32.
+    """
+    largest = scores.amax(-1, keepdim=True)
+    # With nothing to see the largest score is -inf, and -inf - -inf is no weight.
+    weights = torch.exp(scores - largest.where(largest != -torch.inf, 0.0))
+    total = weights.sum(-1, keepdim=True)
+    out = (weights @ values) / total.where(total != 0, 1.0)
+    return out.flatten(0, 1), (largest + total.log()).flatten()
 
 
 def _host_spans(seq_lens: Tensor, window: int | None, capacity: int) -> list[tuple[int, int]]:
@@ -88,9 +129,9 @@ def _host_spans(seq_lens: Tensor, window: int | None, capacity: int) -> list[tup
 
 
 def _gather(cache: Tensor, blocks: Tensor) -> Tensor:
-    """The tokens of some blocks in order, float32 (Hkv, len(blocks) * block_size, D)."""
+    """The tokens of some blocks in order, float32 (Hkv, len(blocks) * block_size, D), a copy."""
     tokens = cache.index_select(0, blocks).transpose(0, 1)
-    return tokens.to(torch.float32, copy=True).reshape(cache.shape[1], -1, cache.shape[3])
+    return tokens.reshape(cache.shape[1], -1, cache.shape[3]).float()
 
 
 IMPLEMENTATION = Implementation(supports=supports, run=run, describe=describe)

@@ -113,6 +113,21 @@ def case_of(lengths: list[int], dtype: torch.dtype = torch.float32, **kwargs: ob
     return inputs.paged_attention_inputs(inputs.generator(9), lengths, dtype=dtype, **shape)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("window", [None, 1, 5])
+def test_the_form_without_host_reads_is_the_same_function(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs on a GPU, where no length may be read on the host, here on the CPU."""
+    from qsun_kernels.backends.reference import paged_attention_decode as reference
+
+    case = case_of([0, 1, 8, 13, 40], torch.bfloat16, window=window)
+    monkeypatch.setattr(reference, "_attend_by_host", reference._attend_by_device)
+    out, lse = attend(case)
+    judge.judge_paged_attention_decode((out, lse), case).require()
+    assert not out[0].any()
+    assert lse[0].isneginf().all()
+
+
 def test_length_zero_gives_zeros_and_minus_infinity() -> None:
     out, lse = attend(case_of([0, 0]))
     assert not out.any()
