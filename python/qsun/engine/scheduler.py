@@ -11,7 +11,9 @@ Submission refuses what could not fit an empty pool, so the oldest always ends, 
 
 A preempted sequence's KV goes to host memory whole, or, when that is full, is dropped and rebuilt: the prompt
 by its own prefill module, the response by the decode module.  KV that came with the request cannot be rebuilt
-by anything here: such a sequence keeps its blocks, or ends in the error that names what is missing.
+by anything here: such a sequence enters when no older one can ever need its blocks, or when there is room to
+save them.  It then keeps its blocks, or, if that room was taken in the meantime, ends in the error that names
+what is missing.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ __all__ = ["NoSwap", "Scheduler", "Swap"]
 class Swap(Protocol):
     """Host memory for the KV of preempted sequences."""
 
+    def has_room(self, count: int) -> bool:
+        """Whether `save` would take this many blocks now."""
+
     def save(self, blocks: list[int]) -> Any | None:
         """Copy blocks out and return what `restore` takes; None when there is no room."""
 
@@ -39,6 +44,9 @@ class Swap(Protocol):
 
 class NoSwap:
     """No host memory at all: every preemption is a rebuild."""
+
+    def has_room(self, count: int) -> bool:
+        return False
 
     def save(self, blocks: list[int]) -> None:
         return None
@@ -175,7 +183,7 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence, oldest: bool) -> bool:
         """Give a sequence without blocks its blocks, and its saved KV back.  False: it has to wait."""
-        if sequence in self._gave_way:
+        if sequence in self._gave_way or (sequence.given and not self._is_safe(sequence)):
             return False
         while True:
             holders = len(self._holding)
@@ -204,6 +212,18 @@ class Scheduler:
             self.tables.admit(sequence)
         sequence.state = "decoding" if sequence.num_computed == sequence.fill_target else "prefilling"
         return True
+
+    def _is_safe(self, sequence: Sequence) -> bool:
+        """Whether KV that cannot be rebuilt may take blocks: it can be saved, or nobody will ask for them."""
+        needed = self._most_blocks(sequence)
+        if self.swap.has_room(needed):
+            return True
+        older = (self._most_blocks(s) for s in self.live.values() if s.arrival < sequence.arrival)
+        return sum(older, needed) <= self.tables.pool.num_blocks
+
+    def _most_blocks(self, sequence: Sequence) -> int:
+        """Blocks of a sequence that runs to its last token, whose own KV is never written."""
+        return self.tables.blocks_for(sequence.num_prompt + sequence.request.max_tokens - 1)
 
     def _grow(self, sequence: Sequence, oldest: bool) -> bool:
         """Give a sequence the block its last token needs.  False: it has to wait, keeping its blocks."""

@@ -38,9 +38,13 @@ class HostSwap:
         self.num_failed_saves = 0
         self._kv_cache = kv_cache
 
+    def has_room(self, count: int) -> bool:
+        """Whether this many blocks fit beside what is saved already."""
+        return self.used + count <= self.capacity
+
     def save(self, blocks: list[int]) -> SavedKV | None:
         """Copy blocks to host memory; None when the swap space, or the host, has no room for them."""
-        if self.used + len(blocks) > self.capacity:
+        if not self.has_room(len(blocks)):
             return None
         try:
             saved = SavedKV(self._kv_cache.read_blocks(blocks), len(blocks))

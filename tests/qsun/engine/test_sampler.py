@@ -17,7 +17,7 @@ LOGITS = torch.tensor([PROBABILITIES]).log()
 
 
 def row(seed: int = 0, prompt=(), output=(), end_ids=(), **params) -> SamplerRow:
-    return SamplerRow(SamplingParams(**params), seed, tuple(prompt), tuple(output), tuple(end_ids))
+    return SamplerRow(SamplingParams(**params), seed, [*prompt, *output], len(prompt), tuple(end_ids))
 
 
 def expected_after(**params) -> list[float]:
