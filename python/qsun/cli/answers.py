@@ -14,16 +14,17 @@ from qsun.errors import RequestError
 
 if TYPE_CHECKING:
     from qsun.core import FinishReason, SamplingParams
-    from qsun.engine import DecodeEngine
+    from qsun.engine.engine import DecodeEngine
+    from qsun.engine.intake import Prompt
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One prompt for one model. shown: the text for a reader; prompt: text or token ids for the engine."""
+    """One prompt for one model. shown: the text for a reader; prompt: what the engine gets."""
 
     model: str
     shown: str
-    prompt: str | Sequence[int]
+    prompt: Prompt
 
 
 @dataclass(slots=True)
@@ -61,12 +62,13 @@ class Answer:
 class Pace:
     """How a batch went. prefill_s: until every request had its first token; decode_s: from there to the end.
 
-    decode_tokens: tokens that came in decode_s.
+    decode_steps, decode_tokens: engine steps in decode_s, and the tokens that they gave.
     """
 
     prefill_s: float
     decode_s: float
     tokens: int
+    decode_steps: int
     decode_tokens: int
 
 
@@ -209,7 +211,7 @@ def run(
             display.finished(answer)
     begin = time.perf_counter()
     all_started = begin
-    decode_tokens = 0
+    decode_steps = decode_tokens = 0
     waiting = {key for key, answer in answers.items() if not answer.failed}
     try:
         while engine.has_work:
@@ -219,6 +221,7 @@ def run(
                 waiting -= {out.request_id for out in outputs if out.token_ids or out.finish_reason}
                 all_started = now
             else:
+                decode_steps += 1
                 decode_tokens += sum(len(out.token_ids) for out in outputs)
             for out in outputs:
                 answer = answers[out.request_id]
@@ -235,4 +238,6 @@ def run(
         raise
     end = time.perf_counter()
     tokens = sum(len(answer.token_ids) for answer in answers.values())
-    return list(answers.values()), Pace(all_started - begin, end - all_started, tokens, decode_tokens)
+    return list(answers.values()), Pace(
+        all_started - begin, end - all_started, tokens, decode_steps, decode_tokens
+    )

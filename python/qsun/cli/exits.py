@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
 
 from qsun.errors import QsunError, RequestError
 
@@ -52,3 +56,31 @@ def message_of(error: Exception) -> str:
     if code_of(error) == INTERNAL:
         return f"internal error: {type(error).__name__}: {text} (--debug shows where)"
     return text or type(error).__name__
+
+
+def guarded(command: Callable[[], int], *, debug: bool) -> int:
+    """Run a command and return its exit code; an error becomes one line on stderr and its code.
+
+    debug: let errors through, with their traceback.
+    """
+    try:
+        with warnings.catch_warnings():
+            # A warning is one line for the user, not a quotation of our source.
+            warnings.showwarning = _show_warning
+            return command()
+    except KeyboardInterrupt:
+        print("qsun: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of stdout went away (`qsun ... | head`). Python would complain once more when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except Exception as error:
+        if debug:
+            raise
+        print(f"qsun: {message_of(error)}", file=sys.stderr)
+        return code_of(error)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"qsun: warning: {' '.join(str(message).split())}", file=sys.stderr)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,8 +32,7 @@ def _group_size(text: str) -> int | str | None:
     return text if text == "channel" else int(text)
 
 
-def _quantisation_options(parser: argparse.ArgumentParser, bits: Sequence[int]) -> None:
-    parser.add_argument("--bits", type=int, choices=bits, default=4, help="of the decode weights (4)")
+def _quantisation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group-size", type=_group_size, help="auto, 32, 64, 128 or channel (auto)")
     parser.add_argument("--asymmetric", action="store_true", help="store a zero point for each group")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
@@ -101,7 +97,13 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--raw", action="store_true", help="prompts as they are, without the chat template")
     generate.add_argument("--backend", choices=("cuda", "triton", "torch"), help="for every operator")
     generate.add_argument("--max-batch-size", type=int, default=64)
-    _quantisation_options(generate, (2, 3, 4, 8, 16))
+    generate.add_argument(
+        "--bits",
+        type=int,
+        choices=(2, 3, 4, 8, 16),
+        help="of the decode weights (4, or those of a checkpoint that is quantised already)",
+    )
+    _quantisation_options(generate)
     _sampling_options(generate)
 
     quantize = commands.add_parser("quantize", help="write a low-bit copy of a checkpoint", **how)
@@ -111,7 +113,8 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.add_argument(
         "--calibration", type=Path, metavar="FILE", help="text for awq: .txt, or .jsonl with a text a line"
     )
-    _quantisation_options(quantize, (2, 3, 4, 8))
+    quantize.add_argument("--bits", type=int, choices=(2, 3, 4, 8), default=4, help="of the weights (4)")
+    _quantisation_options(quantize)
 
     commands.add_parser("doctor", help="what was built, what is there, which backend runs what", **how)
     return parser
@@ -121,23 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is documented in --help."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    try:
-        with warnings.catch_warnings():
-            # A warning is one line for the user, not a quotation of our source.
-            warnings.showwarning = _show_warning
-            return _run(arguments)
-    except KeyboardInterrupt:
-        print("qsun: interrupted", file=sys.stderr)
-        return exits.INTERRUPTED
-    except BrokenPipeError:
-        # The reader of stdout went away (`qsun ... | head`). Python would complain once more when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return exits.OK
-    except Exception as error:
-        if arguments.debug:
-            raise
-        print(f"qsun: {exits.message_of(error)}", file=sys.stderr)
-        return exits.code_of(error)
+    return exits.guarded(lambda: _run(arguments), debug=arguments.debug)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -153,7 +140,3 @@ def _run(arguments: argparse.Namespace) -> int:
     from qsun.cli.doctor import doctor
 
     return doctor(arguments)
-
-
-def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"qsun: warning: {' '.join(str(message).split())}", file=sys.stderr)

@@ -1,9 +1,9 @@
 """Where the demo keeps its quantised checkpoint, and how it knows that the copy is whole.
 
-A folder under $XDG_CACHE_HOME/qsun (default ~/.cache/qsun), named by the digest of everything that decides its
-content: the source file, the quantisation and the package version. Its manifest lists every file with its size and
-SHA-256; what does not agree with the manifest is thrown away and made again. A folder is filled under another name
-and then renamed, so an interrupted run leaves nothing that looks complete.
+A folder under $XDG_CACHE_HOME/qsun (default ~/.cache/qsun), named by the digest of everything that decides
+its content: the source file, the quantisation and the package version. Its manifest lists every file with
+its size and SHA-256; what does not agree with the manifest is thrown away and made again. A folder is
+filled under another name and then renamed, so an interrupted run leaves nothing that looks complete.
 """
 
 from __future__ import annotations
