@@ -180,11 +180,11 @@ def _scale_and_zero(below: Tensor, above: Tensor, spec: QuantSpec) -> tuple[Tens
     """Scale and zero point, float32, of groups that span [-below, above]; see the top of the file."""
     top = float(spec.max_code)
     if spec.symmetric:
-        middle = float(spec.zero_point)
+        # Tensor by tensor: dividing by a Python number, CUDA multiplies by its inverse, an ulp off the CPU.
+        zero = torch.full_like(below, float(spec.zero_point))
         larger, smaller = torch.maximum(below, above), torch.minimum(below, above)
-        scale = torch.maximum(larger / (middle + 0.5), smaller / (middle - 0.5))
+        scale = torch.maximum(larger / (zero + 0.5), smaller / (zero - 0.5))
         scale = torch.where(below >= above, scale, -scale)
-        zero = torch.full_like(scale, middle)
     else:
         # Relative to the larger side: the sum of both may overflow.
         larger = torch.maximum(below, above).clamp(min=torch.finfo(torch.float32).tiny)
