@@ -110,17 +110,23 @@ def load_prefill_module(
         decode.device if device is None else resolve_device(device),
         backend,
     )
+    # A card, where there is one, states the convention; elsewhere the caller does.
+    unstated: FirstToken = first_token or "decode"
     source = None if path is None else Path(path)
     is_adapter = source is not None and (source / ADAPTER_CONFIG).is_file()
     reader = open_checkpoint(base_path if source is None or is_adapter else source)
     try:
         check_names(reader)
         if source is None or not is_adapter:
-            card = _base_card(reader, decode) if source is None else _own_card(reader, decode)
+            card = (
+                _base_card(reader, decode, unstated)
+                if source is None
+                else _own_card(reader, decode, unstated)
+            )
             parts = {} if source is None else _shared_parts(reader, decode)
             layers = _plain_layers(reader, placement.dtype)
             return _build(name, reader, layers, decode, placement, card, first_token, parts, progress)
-        card = _adapter_card(source, reader, decode)
+        card = _adapter_card(source, reader, decode, unstated)
         adapter = LoraAdapter(source, reader.config)
         try:
             layers = _merged_layers(reader, adapter, placement.dtype)
@@ -215,30 +221,31 @@ def _require_fit(what: str, mine: DecoderFingerprint, decode: DecodeModule, *, b
         )
 
 
-def _base_card(reader: CheckpointReader, decode: DecodeModule) -> ModuleCard:
-    """The card of the base's own weights."""
+def _base_card(reader: CheckpointReader, decode: DecodeModule, unstated: FirstToken) -> ModuleCard:
+    """The card of the base's own weights, which were trained for no convention."""
     card, _ = read_identity(reader)
     _require_fit(str(reader.path), card.decoder, decode, base=True)
-    return card
+    return replace(card, first_token=unstated, training={})
 
 
-def _adapter_card(source: Path, reader: CheckpointReader, decode: DecodeModule) -> ModuleCard:
+def _adapter_card(
+    source: Path, reader: CheckpointReader, decode: DecodeModule, unstated: FirstToken
+) -> ModuleCard:
     """The card of an adapter: its own where it has one."""
     if reader.quantization is not None:
         raise IncompatibleModule(
-            f"base {reader.path} is quantised ({describe(reader.quantization)}), expected 16-bit weights to "
-            "merge "
-            f"the adapter {source} into"
+            f"base {reader.path} is quantised ({describe(reader.quantization)}), expected 16-bit weights "
+            f"to merge the adapter {source} into"
         )
-    base = _base_card(reader, decode)
+    base = _base_card(reader, decode, unstated)
     card = ModuleCard.read(source)
     if card is None:
-        return replace(base, first_token="decode", training={})
+        return base
     _require_fit(f"adapter {source}", card.decoder, decode, base=True)
     return card
 
 
-def _own_card(reader: CheckpointReader, decode: DecodeModule) -> ModuleCard:
+def _own_card(reader: CheckpointReader, decode: DecodeModule, unstated: FirstToken) -> ModuleCard:
     """The card of a full checkpoint: its own where it has one, else what its files say.
 
     Without a card nothing tells the base: the embedding may be missing, or fine-tuned, which is a notice.
@@ -251,7 +258,7 @@ def _own_card(reader: CheckpointReader, decode: DecodeModule) -> ModuleCard:
     _require_fit(str(reader.path), files, decode, base=False)
     card = ModuleCard.read(reader.path) if reader.path.is_dir() else None
     if card is None:
-        return ModuleCard(reader.path.stem, "decode", files)
+        return ModuleCard(reader.path.stem, unstated, files)
     check_card_fits_checkpoint(card, reader.config, tokenizer, reader.path)
     _require_fit(f"{reader.path} by its card", card.decoder, decode, base=True)
     return card
