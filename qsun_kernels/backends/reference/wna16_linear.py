@@ -101,8 +101,9 @@ def prepare(packed: PackedWeight, dtype: torch.dtype) -> PreparedWeight:
 def _pack_int4(packed: PackedWeight) -> tuple[Tensor, ...] | None:
     """Tensors of ``torch.int4pack``; None when act-order groups are of sizes that the kernel cannot tile."""
     spec, groups = packed.spec, packed.column_groups()
-    zeros = spec.zero_point if packed.qzeros is None else packed.qzeros.int()[:, groups]
-    codes = packed.codes().int() - zeros + 8
+    codes = packed.codes().int()
+    # The kernel takes 8 off each code itself.
+    codes += 8 - (spec.zero_point if packed.qzeros is None else packed.qzeros.int()[:, groups])
     order: Tensor | None = None
     if packed.g_idx is None:
         group_size = _int4_group_size(spec.columns_per_group(packed.K), packed.K)
