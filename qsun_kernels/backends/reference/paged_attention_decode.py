@@ -87,7 +87,7 @@ def _attend_by_device(
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    """Leave the lengths where they are: gather whole rows of the table, and mask what a request cannot see."""
+    """Leave the lengths where they are: gather whole rows of the table, mask what a request cannot see."""
     block_size = k_cache.shape[2]
     positions = torch.arange(block_table.shape[1] * block_size, device=out.device)
     for request in range(out.shape[0]):
