@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,18 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qsun.core import Completion, FirstToken, Request, SamplingParams, Sequence, StepOutput
-from qsun.engine.answers import Answer, CompletionBuilder
-from qsun.engine.detokenizer import TextStream
-from qsun.engine.intake import Prompt, check_given_kv, make_request, split_prompts, tokenize
+from qsun.core import Completion, FirstToken, SamplingParams, StepOutput
+from qsun.engine.answers import CompletionBuilder
+from qsun.engine.book import RequestBook
+from qsun.engine.intake import Prompt, check_given_kv, split_prompts, tokenize
 from qsun.engine.memory import refuse_fraction
 from qsun.engine.options import EngineOptions, kv_dtype_of
-from qsun.engine.outbox import Outbox
 from qsun.engine.registry import Model, Registry, load_model
 from qsun.engine.report import explain_engine
 from qsun.engine.sources import find_tokenizer, local_checkpoint
-from qsun.engine.statistics import Counters, EngineStats
-from qsun.engine.step import StepExecutor
+from qsun.engine.statistics import EngineStats
 from qsun.engine.swap import pack_kv
 from qsun.engine.workspace import Workspace
 from qsun.errors import RequestError
@@ -76,13 +74,8 @@ class DecodeEngine:
         device = decode.device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._registry = Registry()
-        self._workspace: Workspace | None = None
-        self._answers: dict[str, Answer] = {}
-        self._outbox = Outbox()
-        self._counters = Counters()
-        self._arrivals = 0
-        own_end = getattr(tokenizer, "eos_token_id", None)
-        self._eos_ids = frozenset(decode.config.eos_token_ids) | ({own_end} if own_end is not None else set())
+        # Made with the first request: the cache takes what all modules have left.
+        self._book: RequestBook | None = None
 
     @classmethod
     def from_pretrained(
@@ -177,7 +170,8 @@ class DecodeEngine:
         Raises RequestError for an unknown name, ValueError while it has unfinished requests.
         """
         self._registry.get(name)
-        unfinished = [a for a in self._answers.values() if a.sequence.request.model == name]
+        answers = () if self._book is None else self._book.answers.values()
+        unfinished = [answer for answer in answers if answer.sequence.request.model == name]
         if unfinished:
             raise ValueError(
                 f"model {name!r} has {len(unfinished)} unfinished requests, expected none: cancel them first"
@@ -199,12 +193,16 @@ class DecodeEngine:
 
         Raises ValueError when the memory does not hold what the options ask for.
         """
-        self._working()
+        self._open_book()
 
-    def _working(self) -> Workspace:
-        if self._workspace is None:
-            self._workspace = Workspace.create(self.decode_module, self.options, self._stream)
-        return self._workspace
+    def _open_book(self) -> RequestBook:
+        if self._book is None:
+            decode, tokenizer = self.decode_module, self.tokenizer
+            own_end = getattr(tokenizer, "eos_token_id", None)
+            end_ids = frozenset(decode.config.eos_token_ids) | ({own_end} if own_end is not None else set())
+            workspace = Workspace.create(decode, self.options, self._stream)
+            self._book = RequestBook(workspace, self._registry, tokenizer, end_ids)
+        return self._book
 
     def submit(
         self,
@@ -223,8 +221,10 @@ class DecodeEngine:
         entry = self._registry.get(model)
         if entry.module is None:
             raise RequestError(f"model {model!r} has no prefill module here: its requests come by submit_kv")
-        request = self._request(tokenize(prompt, self.tokenizer), model, params, request_id)
-        self._enter(entry, request)
+        tokens = tokenize(prompt, self.tokenizer)
+        book = self._open_book()
+        request = book.request(tokens, model, params, request_id)
+        book.enter(entry, request)
         return request.request_id
 
     def submit_kv(
@@ -259,7 +259,8 @@ class DecodeEngine:
                 " KV of another module would give another model's answer"
             )
         tokens = tokenize(prompt, None)
-        request = self._request(tokens, model, params, request_id)
+        book = self._open_book()
+        request = book.request(tokens, model, params, request_id)
         check_given_kv(
             k,
             v,
@@ -274,54 +275,15 @@ class DecodeEngine:
         if self._stream is not None:
             # Packed on the caller's stream, copied into the cache on the engine's.
             torch.cuda.synchronize(self._stream.device)
-        answer = self._enter(entry, request, saved)
+        answer = book.enter(entry, request, saved)
         if entry.first_token == "prefill":
-            answer.sequence.tokens.append(next_token)
-            self._counters.output_tokens += 1
-            output = answer.token(next_token, None)
-            self._outbox.put([output])
-            if output.finish_reason is not None:
-                self._executor().end(answer, output.finish_reason)
+            book.give_first_token(answer, next_token)
         return request.request_id
-
-    def _request(
-        self, tokens: tuple[int, ...], model: str, params: SamplingParams | None, request_id: str | None
-    ) -> Request:
-        if request_id is None:
-            request_id = f"request-{self._arrivals}"
-            while request_id in self._answers or request_id in self._outbox:
-                request_id += "+"
-        elif not isinstance(request_id, str) or not request_id:
-            raise RequestError(f"request_id must be a non-empty string or None, got {request_id!r}")
-        elif request_id in self._answers or request_id in self._outbox:
-            raise RequestError(f"request_id {request_id!r} is in use, expected a new one")
-        limits = self._working().limits
-        return make_request(request_id, model, tokens, params, self._arrivals, limits, self.tokenizer)
-
-    def _enter(self, entry: Model, request: Request, saved: Any = None) -> Answer:
-        prompt = request.prompt_token_ids
-        prefill_length = len(prompt) - (entry.first_token == "decode")
-        sequence = Sequence(
-            request, entry.fingerprint, prefill_length, list(prompt), first_token=entry.first_token
-        )
-        if saved is not None:
-            sequence.given = True
-            sequence.state = "swapped"
-            sequence.saved = saved
-            sequence.num_computed = prefill_length
-        params = request.params
-        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids)
-        answer = Answer(sequence, TextStream(self.tokenizer, prompt, params.stop), ends)
-        self._working().scheduler.add(sequence)
-        self._answers[request.request_id] = answer
-        self._arrivals += 1
-        self._counters.prompt_tokens += len(prompt)
-        return answer
 
     @property
     def has_work(self) -> bool:
         """True while `step` has something to compute or to tell."""
-        return bool(self._answers or self._outbox)
+        return self._book is not None and self._book.has_work
 
     def step(self) -> list[StepOutput]:
         """Compute one step for all requests.
@@ -329,21 +291,11 @@ class DecodeEngine:
         Returns what each gained: usually one token for every request in the batch, and the end of those that
         ended.  A request that fails ends with finish_reason "error"; the others go on.
         """
-        return self._outbox.take_all() + self._compute()
-
-    def _compute(self) -> list[StepOutput]:
-        return self._executor().step() if self._answers else []
-
-    def _executor(self) -> StepExecutor:
-        return StepExecutor(self._working(), self._registry, self._answers, self._counters)
+        return [] if self._book is None else self._book.step()
 
     def cancel(self, request_id: str) -> bool:
         """End a request in whatever state it is; the next step tells so.  False when it is not running."""
-        answer = self._answers.get(request_id)
-        if answer is None:
-            return False
-        self._outbox.put([self._executor().end(answer, "cancelled")])
-        return True
+        return self._book is not None and self._book.cancel(request_id)
 
     def stream(
         self,
@@ -361,23 +313,15 @@ class DecodeEngine:
         return self._outputs_of(self.submit(prompt, model=model, params=params, request_id=request_id))
 
     def _outputs_of(self, request_id: str) -> Iterator[StepOutput]:
+        book = self._open_book()
         try:
             while True:
-                for output in self._next_of({request_id}):
+                for output in book.next_of({request_id}):
                     yield output
                     if output.finish_reason is not None:
                         return
         finally:
-            if request_id in self._answers:
-                self.cancel(request_id)
-
-    def _next_of(self, request_ids: set[str]) -> list[StepOutput]:
-        """The next outputs of some requests; those of others are kept for whoever asks for them."""
-        outputs = self._outbox.take(request_ids)
-        if not outputs:
-            self._outbox.put(self._compute())
-            outputs = self._outbox.take(request_ids)
-        return outputs
+            book.cancel(request_id)
 
     def generate(
         self,
@@ -396,6 +340,7 @@ class DecodeEngine:
         every = split_prompts(prompts)
         models = _one_each("model", model, len(every))
         all_params = _one_each("params", params, len(every))
+        book = self._open_book()
         builders: dict[str, CompletionBuilder] = {}
         try:
             for index, prompt in enumerate(every):
@@ -403,36 +348,31 @@ class DecodeEngine:
                     request_id = self.submit(prompt, model=models[index], params=all_params[index])
                 except RequestError as refused:
                     raise RequestError(f"prompts[{index}]: {refused}") from refused
-                request = self._answers[request_id].sequence.request
+                request = book.answers[request_id].sequence.request
                 builders[request_id] = CompletionBuilder(request.prompt_token_ids)
             unfinished = set(builders)
             while unfinished:
-                for output in self._next_of(unfinished):
+                for output in book.next_of(unfinished):
                     builders[output.request_id].add(output)
                     if output.finish_reason is not None:
                         unfinished.discard(output.request_id)
         except BaseException:
-            self._withdraw(builders)
+            book.withdraw(builders)
             raise
         return [builder.build() for builder in builders.values()]
 
-    def _withdraw(self, request_ids: Iterable[str]) -> None:
-        """Cancel requests of which nobody will ask."""
-        mine = set(request_ids)
-        for request_id in mine & self._answers.keys():
-            self.cancel(request_id)
-        self._outbox.take(mine)
-
     def stats(self) -> EngineStats:
         """Totals since the engine was made, and the state of its cache now."""
-        return EngineStats.snapshot(
-            self._counters, self._workspace, self.decode_module.bytes_per_step, len(self._answers)
-        )
+        return EngineStats.snapshot(self._book, self.decode_module.bytes_per_step)
 
     def explain(self) -> str:
         """Which backend runs what and why not the others, the models, and where the memory goes."""
         return explain_engine(
-            self.decode_module, self.options, self._workspace, self._registry, self.tokenizer is not None
+            self.decode_module,
+            self.options,
+            None if self._book is None else self._book.workspace,
+            self._registry,
+            self.tokenizer is not None,
         )
 
 

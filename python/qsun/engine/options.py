@@ -21,7 +21,8 @@ class EngineOptions:
 
     kv_cache_dtype: "auto" is the decode module's own.
     max_batch_size: most requests that are computed at one time.
-    max_model_len: most tokens of prompt and answer together; None is what model and cache allow.
+    max_model_len: most tokens of prompt and answer together; None is what model and cache allow.  Where it is
+        more than the cache holds, a request that asks for more than that is refused.
     block_size: tokens in a block of the cache.
     memory: of the KV cache: bytes, "2GiB", or a fraction of the device memory that is free when the cache is
         made; None is 0.9 on a GPU and at most 1 GiB on a CPU.

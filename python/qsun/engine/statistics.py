@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qsun.engine.workspace import Workspace
+    from qsun.engine.book import RequestBook
 
 __all__ = ["Counters", "EngineStats"]
 
@@ -84,14 +84,15 @@ class EngineStats:
         return self.decode_tokens / self.decode_steps if self.decode_steps else 0.0
 
     @classmethod
-    def snapshot(
-        cls, counters: Counters, workspace: Workspace | None, weight_bytes_per_step: int, unfinished: int
-    ) -> EngineStats:
-        """The numbers of an engine; without a workspace (nothing was submitted yet) its cache is empty."""
+    def snapshot(cls, book: RequestBook | None, weight_bytes_per_step: int) -> EngineStats:
+        """The numbers of an engine; without a book (nothing was submitted yet) its cache is empty."""
+        counters = Counters() if book is None else book.counters
+        workspace = None if book is None else book.workspace
         scheduler = None if workspace is None else workspace.scheduler
         pool = None if scheduler is None else scheduler.tables.pool
-        running = 0 if scheduler is None else scheduler.num_holding
         graphs = None if workspace is None else workspace.runner.graphs
+        unfinished = 0 if scheduler is None else len(scheduler.live)
+        running = 0 if scheduler is None else scheduler.num_holding
         read = counters.weight_bytes_read + counters.kv_bytes_read
         hits = 0 if scheduler is None else sum(s.num_prefix_hits for s in scheduler.live.values())
         return cls(

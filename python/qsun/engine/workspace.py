@@ -40,8 +40,7 @@ class Workspace:
     ) -> Workspace:
         """Measure, plan and allocate; capture the decode step where graphs are used.
 
-        Raises ValueError when the memory holds no block or not max_model_len tokens, BackendUnavailable when
-        an operator has no backend.
+        Raises ValueError when the memory holds no block, BackendUnavailable when an operator has no backend.
         """
         config, device = decode.config, decode.device
         kv_dtype = kv_dtype_of(options.kv_cache_dtype, decode.dtype)
@@ -58,10 +57,6 @@ class Workspace:
         )
         if options.max_model_len is None:
             longest = min(longest, plan.num_tokens)
-        elif longest > plan.num_tokens:
-            raise ValueError(
-                f"max_model_len is {longest}, but the KV cache holds {plan.num_tokens} tokens ({plan})"
-            )
         kv_cache = KVCache.allocate(config, plan.num_blocks, options.block_size, kv_dtype, device)
         if stream is not None:
             # The cache was zeroed on the caller's stream.
@@ -83,7 +78,7 @@ class Workspace:
                 decode,
                 kv_cache,
                 max_batch_size=options.max_batch_size,
-                max_blocks=blocks_for(longest, options.block_size),
+                max_blocks=min(blocks_for(longest, options.block_size), plan.num_blocks),
                 stream=stream,
                 backend=options.backend,
                 cuda_graphs=options.cuda_graphs,

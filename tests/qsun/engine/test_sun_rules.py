@@ -252,7 +252,7 @@ def given_kv_check(make_engine, tiny, reference) -> Check:
         for output in engine.step():
             tokens[output.request_id] += output.token_ids
         # It entered since it could be saved; then that room was taken.
-        engine._workspace.swap.capacity = 0
+        engine._book.workspace.swap.capacity = 0
         while engine.has_work:
             for output in engine.step():
                 tokens[output.request_id] += output.token_ids
