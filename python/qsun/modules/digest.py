@@ -71,7 +71,5 @@ def base_digest(embed_tokens: Tensor) -> str:
 
 def vocabulary_digest(tokens: Iterable[tuple[int, str]]) -> str:
     """SHA-256 over (id, token) pairs in order of id."""
-    digest = hashlib.sha256()
-    for token_id, token in sorted(tokens):
-        digest.update(json.dumps([token_id, token]).encode())
-    return "sha256:" + digest.hexdigest()
+    pairs = json.dumps([[token_id, token] for token_id, token in sorted(tokens)])
+    return "sha256:" + hashlib.sha256(pairs.encode()).hexdigest()

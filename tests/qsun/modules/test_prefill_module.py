@@ -213,7 +213,7 @@ def test_a_checkpoint_of_another_shape_is_refused_with_both_values(tiny, base, d
 @pytest.mark.damaged
 def test_another_architecture_is_refused(tiny, base, decode):
     other = tiny("qwen3", head_dim=16).path
-    with pytest.raises(IncompatibleModule, match="architecture is 'qwen3', expected 'llama' .and rope"):
+    with pytest.raises(IncompatibleModule, match=r"architecture is 'qwen3', expected 'llama' .and rope"):
         load(other, base, decode)
 
 
