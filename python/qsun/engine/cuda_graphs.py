@@ -11,6 +11,7 @@ run at the same time, and two engines never share one.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -22,6 +23,8 @@ __all__ = ["DecodeGraphs", "batch_buckets", "bucket_for"]
 
 # Runs before a capture let libraries allocate and choose what they do only once.
 _WARM_UP_RUNS = 2
+# Capturing begins by waiting for the device, which is an error while another thread captures on it.
+_CAPTURING = threading.Lock()
 
 
 def batch_buckets(max_batch_size: int) -> tuple[int, ...]:
@@ -59,7 +62,7 @@ class DecodeGraphs:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         free_before, _ = torch.cuda.mem_get_info(stream.device)
         pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.stream(stream):
+        with _CAPTURING, torch.cuda.stream(stream):
             # The largest first: what it allocates is enough for the others, which reuse it.
             for rows in reversed(buckets):
                 # Padding reads no KV and writes none, so capturing disturbs no request.

@@ -65,8 +65,11 @@ class DecodeEngine:
                 f"max_model_len is {options.max_model_len}, expected at most {longest}, the longest sequence"
                 " that the model is meant for"
             )
-        if options.memory is not None and decode.device.type != "cuda":
-            refuse_fraction(options.memory, decode.device)
+        if decode.device.type != "cuda":
+            if options.memory is not None:
+                refuse_fraction(options.memory, decode.device)
+            if options.cuda_graphs == "on":
+                raise ValueError(f"cuda_graphs is 'on' on {decode.device}, expected 'auto' or 'off' there")
         self.decode_module = decode
         self.tokenizer = tokenizer
         self.options = options
@@ -149,7 +152,7 @@ class DecodeEngine:
         )
         if self._stream is not None:
             # Its weights were copied on the caller's stream, and are read on the engine's.
-            torch.cuda.synchronize(self._stream.device)
+            torch.cuda.current_stream(self._stream.device).synchronize()
         self._registry.add(model)
 
     def add_remote_model(self, name: str, *, fingerprint: str, first_token: FirstToken | None = None) -> None:
@@ -176,6 +179,9 @@ class DecodeEngine:
             raise ValueError(
                 f"model {name!r} has {len(unfinished)} unfinished requests, expected none: cancel them first"
             )
+        if self._stream is not None:
+            # A cancelled request's prompt may still be on its way through the module.
+            self._stream.synchronize()
         self._registry.remove(name)
 
     @property
@@ -272,9 +278,10 @@ class DecodeEngine:
             dtype=kv_dtype_of(self.options.kv_cache_dtype, self.decode_module.dtype),
         )
         saved = pack_kv(k, v, self.options.block_size)
-        if self._stream is not None:
+        if self._stream is not None and saved.blocks.is_cuda:
             # Packed on the caller's stream, copied into the cache on the engine's.
-            torch.cuda.synchronize(self._stream.device)
+            torch.cuda.current_stream(saved.blocks.device).synchronize()
+            saved.blocks.record_stream(self._stream)
         answer = book.enter(entry, request, saved)
         if entry.first_token == "prefill":
             book.give_first_token(answer, next_token)

@@ -61,7 +61,8 @@ class Runner:
         self.kv_cache = kv_cache
         self._stream = stream
         self._backend = backend
-        self._inputs = DecodeInputs(max_batch_size, max_blocks, kv_cache.block_size, kv_cache.device)
+        with self.running():
+            self._inputs = DecodeInputs(max_batch_size, max_blocks, kv_cache.block_size, kv_cache.device)
         self.graphs: DecodeGraphs | None = None
         self.graph_status = "eager: no CUDA device" if stream is None else "eager: cuda_graphs='off'"
         if stream is not None and cuda_graphs != "off":

@@ -60,7 +60,7 @@ class Workspace:
         kv_cache = KVCache.allocate(config, plan.num_blocks, options.block_size, kv_dtype, device)
         if stream is not None:
             # The cache was zeroed on the caller's stream.
-            torch.cuda.synchronize(device)
+            torch.cuda.current_stream(device).synchronize()
         swap = HostSwap(kv_cache, plan.swap_blocks)
         tables = BlockTables(plan.num_blocks, options.block_size, prefix_reuse=options.prefix_reuse)
         return cls(

@@ -264,6 +264,8 @@ def test_settings_that_the_model_cannot_serve_are_refused(make_engine) -> None:
         make_engine(max_model_len=257)
     with pytest.raises(ValueError, match=r"memory is the fraction 0.5 on cpu, expected bytes"):
         make_engine(memory=0.5)
+    with pytest.raises(ValueError, match=r"cuda_graphs is 'on' on cpu, expected 'auto' or 'off'"):
+        make_engine(cuda_graphs="on")
 
 
 @pytest.mark.damaged

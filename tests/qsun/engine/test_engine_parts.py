@@ -1,0 +1,220 @@
+"""The engine's parts by themselves: memory plan, swap space, input tensors, buckets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qsun.core import Chunk, DecodeAttention, Request, SamplingParams, Sequence
+from qsun.engine.cuda_graphs import batch_buckets, bucket_for
+from qsun.engine.inputs import DecodeInputs, prefill_inputs
+from qsun.engine.memory import format_bytes, parse_memory, plan_memory
+from qsun.engine.options import kv_dtype_of
+from qsun.engine.runner import Runner, running
+from qsun.engine.swap import HostSwap, pack_kv
+from qsun.kv_cache.tensors import KVCache
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (0, 0),
+        (12345, 12345),
+        ("2GiB", 2 * 2**30),
+        ("1.5 MiB", 3 * 2**19),
+        ("500MB", 5 * 10**8),
+        ("77", 77),
+        (" 3 kb ", 3000),
+        (0.25, 0.25),
+        (1.0, 1.0),
+    ],
+)
+def test_memory_in_every_form(value, expected) -> None:
+    assert parse_memory(value, "memory") == expected
+    assert type(parse_memory(value, "memory")) is type(expected)
+
+
+def plan(memory=None, swap_memory=None, **changes):
+    arguments = dict(bytes_per_block=1000, block_size=16, useful_tokens=10**9, device=CPU)
+    return plan_memory(memory, swap_memory, **{**arguments, **changes})
+
+
+def test_memory_plans() -> None:
+    assert plan(10_999, 2500).num_blocks == 10 and plan(10_999, 2500).swap_blocks == 2
+    assert plan("1MB", 0).swap_blocks == 0
+    # A default takes no more than the largest batch of the longest requests fills: 3 blocks for 33 tokens.
+    small = plan(useful_tokens=33)
+    assert (small.num_blocks, small.num_tokens, small.kv_bytes) == (3, 48, 3000)
+    assert small.swap_blocks == 3, "swap space beyond the cache itself is of no use"
+    assert plan().kv_bytes <= 2**30
+    assert "3 blocks of 16 tokens" in str(small) and "largest batch" in str(small)
+
+
+def test_bytes_for_a_reader() -> None:
+    assert [format_bytes(n) for n in (5, 2048, 3 * 2**19, 2**31)] == [
+        "5 B",
+        "2.00 KiB",
+        "1.50 MiB",
+        "2.00 GiB",
+    ]
+
+
+def test_cache_dtypes() -> None:
+    assert kv_dtype_of("auto", torch.bfloat16) is torch.bfloat16
+    assert kv_dtype_of("float16", torch.bfloat16) is torch.float16
+    assert kv_dtype_of(torch.float32, torch.bfloat16) is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("largest", "buckets"),
+    [(1, (1,)), (2, (1, 2)), (3, (1, 2, 3)), (8, (1, 2, 4, 8)), (48, (1, 2, 4, 8, 16, 32, 48))],
+)
+def test_buckets(largest: int, buckets: tuple[int, ...]) -> None:
+    assert batch_buckets(largest) == buckets
+    for rows in range(1, largest + 1):
+        bucket = bucket_for(rows, buckets)
+        assert rows <= bucket < max(2 * rows, 2) and bucket in buckets
+
+
+@pytest.fixture
+def kv_cache(decode_module) -> KVCache:
+    cache = KVCache.allocate(decode_module.config, 12, 4, torch.float32, CPU)
+    # Whatever is read without having been written shows.
+    for k, v in cache.layers:
+        k.fill_(float("nan"))
+        v.fill_(float("nan"))
+    return cache
+
+
+def test_swap_space_moves_blocks_and_counts(kv_cache) -> None:
+    swap = HostSwap(kv_cache, 3)
+    content = torch.randn(3, 2, 2, 2, 4, 16)
+    kv_cache.write_blocks([5, 1], content)
+    saved = swap.save([5, 1])
+    assert saved is not None and swap.used == 2
+    assert swap.has_room(1) and not swap.has_room(2) and swap.save([2, 3]) is None and swap.used == 2
+    swap.restore(saved, [7, 8, 9])  # one block more than was saved: room for what comes next
+    assert swap.used == 0
+    assert torch.equal(kv_cache.read_blocks([7, 8]), content)
+    assert kv_cache.read_blocks([9]).isnan().all()
+    saved = swap.save([7])
+    swap.drop(saved)
+    assert swap.used == 0
+
+
+def test_a_host_without_memory_is_no_swap_room(kv_cache, monkeypatch) -> None:
+    swap = HostSwap(kv_cache, 3)
+
+    def exhausted(self, blocks):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(KVCache, "read_blocks", exhausted)
+    assert swap.save([1]) is None and swap.used == 0 and swap.num_failed_saves == 1
+
+
+@pytest.mark.damaged
+def test_a_negative_swap_space_is_refused(kv_cache) -> None:
+    with pytest.raises(ValueError, match="capacity must be at least 0 blocks, got -1"):
+        HostSwap(kv_cache, -1)
+
+
+@pytest.mark.parametrize("length", [1, 4, 7, 8])
+def test_given_kv_is_packed_into_blocks(kv_cache, length: int) -> None:
+    k, v = torch.randn(2, 3, length, 2, 16).requires_grad_()
+    saved = pack_kv(k, v, 4)
+    assert saved.counted == 0 and not saved.blocks.requires_grad
+    blocks = [3, 10][: -(-length // 4)]
+    HostSwap(kv_cache, 0).restore(saved, blocks)
+    for layer, (k_cache, v_cache) in enumerate(kv_cache.layers):
+        for position in range(length):
+            block, offset = blocks[position // 4], position % 4
+            assert torch.equal(k_cache[block, :, offset], k[layer, position])
+            assert torch.equal(v_cache[block, :, offset], v[layer, position])
+
+
+def sequence_of(tokens: list[int], blocks: list[int], name: str = "r") -> Sequence:
+    request = Request(name, "m", tuple(tokens), SamplingParams(), 0, 0, 8)
+    sequence = Sequence(request, "m", len(tokens) - 1, list(tokens))
+    sequence.block_ids = blocks
+    return sequence
+
+
+def test_prefill_inputs_lay_chunks_side_by_side() -> None:
+    first = sequence_of([10, 11, 12, 13, 14, 15], [7, 2])
+    second = sequence_of([20, 21, 22], [5])
+    chunks = [Chunk(first, 3, 2, "prefill"), Chunk(second, 0, 2, "prefill")]
+    token_ids, ctx = prefill_inputs(chunks, 4, CPU)
+    assert token_ids.tolist() == [13, 14, 20, 21]
+    assert ctx.positions.tolist() == [3, 4, 0, 1]
+    assert ctx.slot_mapping.tolist() == [31, 8, 20, 21]
+    parts = [(c.start, c.length, c.context_len, c.block_ids.tolist()) for c in ctx.attention.chunks]
+    assert parts == [(0, 2, 3, [7, 2]), (2, 2, 0, [5])]
+    assert all(t.dtype == torch.int64 for t in (token_ids, ctx.positions, ctx.slot_mapping))
+
+
+def decode_state(inputs: DecodeInputs, rows: int):
+    ctx = inputs.context(rows)
+    assert isinstance(ctx.attention, DecodeAttention)
+    assert ctx.attention.block_table.dtype == ctx.attention.seq_lens.dtype == torch.int32
+    lengths = ctx.attention.seq_lens.tolist()
+    tables = [
+        row[: -(-length // 4)]
+        for row, length in zip(ctx.attention.block_table.tolist(), lengths, strict=True)
+    ]
+    return inputs.token_ids(rows).tolist(), ctx.positions.tolist(), ctx.slot_mapping.tolist(), lengths, tables
+
+
+def test_decode_inputs_follow_the_batch_through_its_changes() -> None:
+    inputs = DecodeInputs(4, 3, 4, CPU)
+    a, b = sequence_of([1, 2, 3], [9]), sequence_of([4, 5, 6, 7, 8], [3, 6], "s")
+    inputs.fill([a, b], 4)
+    assert decode_state(inputs, 4) == (
+        [3, 8, 0, 0],
+        [2, 4, 0, 0],
+        [38, 24, -1, -1],
+        [3, 5, 0, 0],
+        [[9], [3, 6], [], []],
+    )
+    address = inputs.context(4).attention.block_table.data_ptr()
+    a.tokens += [11, 12]
+    a.block_ids += [4]
+    inputs.fill([a, b], 2)
+    assert decode_state(inputs, 2) == ([12, 8], [4, 4], [16, 24], [5, 5], [[9, 4], [3, 6]])
+    # b lost its blocks and got others; then the batch is another one altogether.
+    b.block_ids = [7, 8]
+    inputs.fill([b, a], 3)
+    assert decode_state(inputs, 3)[3:] == ([5, 5, 0], [[7, 8], [9, 4], []])
+    inputs.fill([a], 1)
+    assert decode_state(inputs, 1) == ([12], [4], [16], [5], [[9, 4]])
+    assert inputs.context(4).attention.block_table.data_ptr() == address
+    assert inputs.nbytes == 4 * (3 * 8 + 4 + 3 * 4)
+
+
+def test_padding_rows_change_nothing(decode_module, kv_cache) -> None:
+    """What a graph replays: a batch in a larger bucket, beside rows that must read and write nothing."""
+    runner = Runner(
+        decode_module,
+        kv_cache,
+        max_batch_size=8,
+        max_blocks=3,
+        stream=None,
+        backend=None,
+        cuda_graphs="auto",
+    )
+    sequences = [sequence_of([5, 6, 7], [9]), sequence_of([4] * 6, [3, 6], "s"), sequence_of([1], [0], "t")]
+    chunks = [Chunk(s, 0, len(s.tokens) - 1, "prefill") for s in sequences[:2]]
+    with running(None, None):
+        runner.prefill(decode_module.stack, chunks)
+        expected = runner.decode(sequences)
+        before = torch.cat([k.flatten() for k, _ in kv_cache.layers]).clone()
+        runner._inputs.fill(sequences, 8)
+        padded = runner._decode_forward(8)
+        runner._inputs.padding(8)
+        assert runner._decode_forward(8).isfinite().all()
+    after = torch.cat([k.flatten() for k, _ in kv_cache.layers])
+    torch.testing.assert_close(padded[:3], expected, rtol=1e-5, atol=1e-5)
+    # Blocks nobody holds are as they were; the rest was written again with the same values.
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert after.isnan().sum() == before.isnan().sum()
