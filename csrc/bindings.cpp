@@ -64,7 +64,7 @@ void place(Params& p, int dtype, int device, uintptr_t stream) {
 
 template <typename Config>
 py::class_<Config> printable(py::module_& m, const char* name, const char* doc) {
-  return py::class_<Config>(m, name, doc).def("__repr__", [name](const Config& c) {
+  return py::class_<Config>(m, name, py::module_local(), doc).def("__repr__", [name](const Config& c) {
     return std::string(name) + "(" + qsun::to_string(c) + ")";
   });
 }

@@ -1,0 +1,138 @@
+"""What ptxas says about every kernel: no spills, no local memory, registers as planned."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+SOURCES = sorted((ROOT / "csrc").rglob("*.cu"))
+ARCHS = ("80", "90a")
+NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
+COMMAND = [
+    "-cubin",
+    "-std=c++17",
+    "-O3",
+    "-lineinfo",
+    "-Xptxas=-v",
+    f"-I{ROOT}/csrc",
+    f"-I{ROOT}/csrc/include",
+]
+
+
+def load_compiler_report():
+    """csrc/compiler_report.py, which is no part of a package."""
+    spec = importlib.util.spec_from_file_location("compiler_report", ROOT / "csrc" / "compiler_report.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # dataclasses look their module up by name
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+compiler_report = load_compiler_report()
+
+
+def report_of(source: Path, arch: str) -> str:
+    """ptxas' text for a file, compiled unless it, the headers and the compiler are as they were last time."""
+    headers = sorted([*(ROOT / "csrc").rglob("*.cuh"), *(ROOT / "csrc").rglob("*.h")])
+    version = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
+    digest = hashlib.sha256(repr((COMMAND[:5], version, arch)).encode())
+    for path in (source, *headers):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    kept = ROOT / "build" / "compiler_report" / f"{source.stem}.{arch}.{digest.hexdigest()[:16]}.txt"
+    if kept.exists():
+        return kept.read_text()
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    target = kept.with_suffix(f".{os.getpid()}.cubin")
+    gencode = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    command = [NVCC, *COMMAND, gencode, str(source), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+    target.unlink()
+    kept.write_text(done.stderr)
+    return done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None, reason="no nvcc (CUDACXX or PATH)")
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_the_compiler_report_of(source, arch) -> None:
+    text = report_of(source, arch)
+    kernels = compiler_report.parse(text)
+    assert kernels, f"no kernel in the report of {source.name}:\n{text}"
+    assert {kernel.arch for kernel in kernels} == {f"sm_{arch}"}
+    assert compiler_report.breaches(kernels) == []
+    assert "warning" not in text, text
+
+
+def test_every_kernel_has_a_bound_and_every_bound_a_kernel() -> None:
+    declaration = re.compile(r"__global__[^;{]*?\b(\w+_kernel)\(")
+    defined = {
+        name for path in (ROOT / "csrc").rglob("*.cu*") for name in declaration.findall(path.read_text())
+    }
+    assert defined == set(compiler_report.REGISTER_BOUNDS)
+
+
+LINES = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '{name}' for 'sm_80'
+ptxas info    : Function properties for {name}
+    {frame} bytes stack frame, {spilled} bytes spill stores, {spilled} bytes spill loads
+ptxas info    : Used {registers} registers, used 1 barriers, 128 bytes smem, 448 bytes cmem[0]
+"""
+MANGLED = (
+    "_ZN4qsun44_GLOBAL__N__62eaf300_11_rms_norm_cu_47f79b1e15rms_norm_kernelIfLi4EEEvNS_13RmsNormParamsE"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "frame", "spilled", "registers", "expected"),
+    [
+        (MANGLED, 0, 0, 30, None),
+        (MANGLED, 8, 0, 30, "8 bytes of local memory"),
+        (MANGLED, 0, 4, 30, "spills 4 bytes"),
+        (MANGLED, 0, 0, 99, "99 registers; expected at most"),
+        ("_ZN4qsun12other_kernelEv", 0, 0, 3, "other_kernel has no entry"),
+    ],
+)
+def test_a_breach_of_the_report_is_caught(name, frame, spilled, registers, expected) -> None:
+    text = LINES.format(name=name, frame=frame, spilled=spilled, registers=registers)
+    kernels = compiler_report.parse(text)
+    assert len(kernels) == 1 and kernels[0].registers == registers
+    found = compiler_report.breaches(kernels)
+    assert found == [] if expected is None else len(found) == 1 and expected in found[0]
+
+
+def test_the_name_is_found_in_a_mangled_one() -> None:
+    assert compiler_report.parse(LINES.format(name=MANGLED, frame=0, spilled=0, registers=1))[0].name == (
+        "rms_norm_kernel"
+    )
+
+
+def test_check_reads_what_record_kept(tmp_path, capsys) -> None:
+    assert compiler_report.main(["check", str(tmp_path)]) == 1  # nothing to check is no success
+    (tmp_path / "x.o.ptxas.txt").write_text(LINES.format(name=MANGLED, frame=0, spilled=0, registers=30))
+    assert compiler_report.main(["check", str(tmp_path)]) == 0
+    assert "1 kernels in 1 files, 0 breaches" in capsys.readouterr().out
+    (tmp_path / "y.o.ptxas.txt").write_text(LINES.format(name=MANGLED, frame=0, spilled=4, registers=30))
+    assert compiler_report.main(["check", str(tmp_path)]) == 1
+
+
+def test_record_keeps_the_report_and_passes_the_rest_on(tmp_path, capfd) -> None:
+    script = "import sys; sys.stderr.write('ptxas info : x\\nwarning: y\\n'); sys.exit(int(sys.argv[1]))"
+    output = tmp_path / "x.o"
+    command = ["record", "--", "python3", "-c", script]
+    assert compiler_report.main([*command, "0", "-o", str(output)]) == 0
+    assert (tmp_path / "x.o.ptxas.txt").read_text() == "ptxas info : x\n"
+    assert capfd.readouterr().err == "warning: y\n"
+    assert compiler_report.main([*command, "3", "-o", str(output)]) == 3

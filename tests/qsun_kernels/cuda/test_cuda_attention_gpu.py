@@ -1,0 +1,206 @@
+"""paged_attention_decode and write_kv_cache: the CUDA kernels, on a GPU and through the emulator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qsun_kernels.backends import cuda
+from qsun_kernels.errors import KernelLaunchError
+from qsun_kernels.testing import inputs
+from qsun_kernels.testing.judge import judge_paged_attention_decode, judge_write_kv_cache
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def attend(kernels, problem):
+    with inputs.poisoned_outputs():  # the scratch of the parts, too
+        return kernels.run(
+            "paged_attention_decode",
+            problem.q,
+            problem.k_cache,
+            problem.v_cache,
+            problem.block_table,
+            problem.seq_lens,
+            problem.softmax_scale,
+            problem.window,
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", (8, 40, 64, 80, 96, 128, 256))
+def test_every_head_width_and_group(kernels, dtype, head_dim) -> None:
+    """Groups of 1 to 16 query heads; unused slots and blocks hold NaN."""
+    for group in (1, 2, 3, 4, 5, 7, 8, 9, 16):
+        lengths = kernels.pick((1, 300, 0, 17, 64, 1023), (33, 0, 16))
+        problem = inputs.paged_attention_inputs(
+            inputs.generator(group),
+            lengths,
+            num_q_heads=2 * group,
+            num_kv_heads=2,
+            head_dim=head_dim,
+            block_size=16,
+            dtype=dtype,
+            device=kernels.device,
+        )
+        result = judge_paged_attention_decode(attend(kernels, problem), problem)
+        assert result.ok, f"group {group}: {result.report}"
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_random_problems(kernels, part) -> None:
+    for seed in range(kernels.pick(40, 12)):
+        source = inputs.generator(1000 * part + seed)
+
+        def draw(*choices, source=source):
+            return choices[int(torch.randint(len(choices), (1,), generator=source))]
+
+        longest = kernels.pick(3000, 250)
+        lengths = [
+            draw(0, 1, int(torch.randint(1, longest, (1,), generator=source)))
+            for _ in range(draw(1, 2, 3, kernels.pick(33, 4)))
+        ]
+        num_kv_heads = draw(1, 2, 3, 8)
+        problem = inputs.paged_attention_inputs(
+            source,
+            lengths,
+            num_q_heads=num_kv_heads * draw(1, 3, 4, 7, 8),
+            num_kv_heads=num_kv_heads,
+            head_dim=draw(64, 80, 128, 256),
+            block_size=draw(8, 16, 32, 256),
+            dtype=draw(*DTYPES),
+            device=kernels.device,
+            window=draw(None, None, 1, 50, 10_000),
+            spare_blocks=draw(1, 2, 40),
+            std=draw(1.0, 4.0),
+        )
+        result = judge_paged_attention_decode(attend(kernels, problem), problem)
+        assert result.ok, f"seed {1000 * part + seed}, lengths {lengths}: {result.report}"
+
+
+@pytest.mark.parametrize("num_requests", (0, 1, 3))
+def test_requests_without_tokens(kernels, num_requests) -> None:
+    problem = inputs.paged_attention_inputs(
+        inputs.generator(1),
+        [0] * num_requests,
+        num_q_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        block_size=16,
+        dtype=torch.float16,
+        device=kernels.device,
+    )
+    out, lse = attend(kernels, problem)
+    assert out.shape == (num_requests, 4, 64) and (out == 0).all()
+    assert lse.shape == (num_requests, 4) and (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("max_blocks", (4, 60, 400))
+def test_any_number_of_parts(kernels, max_blocks) -> None:
+    """A longer block table cuts the same lengths into more parts; empty parts leave no trace."""
+    problem = inputs.paged_attention_inputs(
+        inputs.generator(2),
+        (64, 3, 50, 0),
+        num_q_heads=4,
+        num_kv_heads=1,
+        head_dim=64,
+        block_size=16,
+        dtype=torch.float32,
+        device=kernels.device,
+        spare_blocks=max_blocks - 4,
+    )
+    assert problem.block_table.shape[1] == max_blocks
+    judge_paged_attention_decode(attend(kernels, problem), problem).require()
+
+
+def test_a_nan_stays_in_its_request(kernels) -> None:
+    problem = inputs.paged_attention_inputs(
+        inputs.generator(4),
+        (40, 40, 40),
+        num_q_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        block_size=8,
+        dtype=torch.bfloat16,
+        device=kernels.device,
+    )
+    clean, clean_lse = attend(kernels, problem)
+    block = int(problem.block_table[1, 2])
+    problem.k_cache[block, 1, 3, 5] = torch.nan
+    spoiled, spoiled_lse = attend(kernels, problem)
+    assert spoiled[1, 2:].isnan().all() and spoiled_lse[1, 2:].isnan().all()
+    for request in (0, 2):
+        assert torch.equal(spoiled[request], clean[request])
+    assert torch.equal(spoiled[1, :2], clean[1, :2]) and torch.equal(spoiled_lse[1, :2], clean_lse[1, :2])
+
+
+@pytest.mark.parametrize("std", (30.0, 1000.0, 1e4))
+def test_extreme_scores(kernels, std) -> None:
+    """Scores in the thousands: one token takes all the weight, and nothing overflows."""
+    problem = inputs.paged_attention_inputs(
+        inputs.generator(6),
+        (200, 7),
+        num_q_heads=3,
+        num_kv_heads=3,
+        head_dim=64,
+        block_size=16,
+        dtype=torch.float32,
+        device=kernels.device,
+        std=std,
+    )
+    judge_paged_attention_decode(attend(kernels, problem), problem).require()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "block_size"), [(1, 1, 1), (3, 5, 7), (2, 64, 16), (8, 128, 256)]
+)
+def test_write_kv_cache_touches_its_slots_alone(kernels, dtype, heads, head_dim, block_size) -> None:
+    for tokens in inputs.ODD_ROWS:
+        source = inputs.generator(tokens)
+        num_blocks = 2 + tokens // block_size + 1
+        _, k, v = inputs.qkv_views(source, tokens, 1, heads, head_dim, dtype, kernels.device)
+        shape = (num_blocks, heads, block_size, head_dim)
+        caches = [inputs.normal(source, shape, dtype, kernels.device) for _ in range(2)]
+        before = (caches[0].clone(), caches[1].clone())
+        slots = inputs.slot_mapping(source, tokens, num_blocks * block_size, skip=0.3, device=kernels.device)
+        kernels.run("write_kv_cache", k, v, *caches, slots)
+        judge_write_kv_cache((caches[0], caches[1]), before, k, v, slots).require()
+
+
+@pytest.mark.slow
+@pytest.mark.damaged
+def test_a_slot_past_the_cache_writes_nothing(emulated_kernels) -> None:
+    """On a GPU: test_cuda_traps_gpu.py."""
+    kernels = emulated_kernels
+    k = torch.ones(1, 2, 8)
+    caches = [torch.zeros(3, 2, 4, 8) for _ in range(2)]
+    with pytest.raises(KernelLaunchError, match=r"write_kv_cache.*trap"):
+        kernels.run("write_kv_cache", k, k, *caches, torch.tensor([12]))
+    assert not any(cache.any() for cache in caches)
+
+
+@pytest.mark.gpu
+def test_long_contexts(device) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        problem = inputs.paged_attention_inputs(
+            inputs.generator(9),
+            (33_000, 1, 8192, 20_001),
+            num_q_heads=32,
+            num_kv_heads=8,
+            head_dim=128,
+            block_size=16,
+            dtype=dtype,
+            device=device,
+        )
+        with inputs.poisoned_outputs():
+            got = cuda.IMPLEMENTATIONS["paged_attention_decode"].run(
+                problem.q,
+                problem.k_cache,
+                problem.v_cache,
+                problem.block_table,
+                problem.seq_lens,
+                problem.softmax_scale,
+                None,
+            )
+        judge_paged_attention_decode(got, problem).require()

@@ -1,0 +1,177 @@
+"""backends/cuda.py on any machine: why it cannot run, what it supports, what it would run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from qsun_kernels.backends import cuda
+from qsun_kernels.backends.problems import (
+    ApplyRopeProblem,
+    DequantizeProblem,
+    PagedAttentionDecodeProblem,
+    RmsNormProblem,
+    SiluAndMulProblem,
+    Wna16Problem,
+    WriteKvCacheProblem,
+)
+
+GPU = torch.device("cuda", 0)
+HALF = torch.float16
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "expected"),
+    [
+        (("80",), (8, 0), True),
+        (("80",), (8, 6), True),  # machine code runs on later minor versions
+        (("80",), (8, 9), True),
+        (("86",), (8, 0), False),
+        (("80",), (9, 0), False),  # and on no other major version
+        (("90a",), (9, 0), True),
+        (("90",), (9, 0), True),
+        (("100a",), (10, 3), False),  # architecture-specific code runs on its own architecture alone
+        (("100f",), (10, 3), True),
+        (("100",), (12, 0), False),
+        (("80", "90a"), (9, 0), True),
+        (("80", "90a"), (10, 0), False),
+        ((), (8, 0), False),
+        (("emulator",), (8, 0), False),
+    ],
+)
+def test_covers(archs, capability, expected) -> None:
+    assert cuda.covers(archs, capability) is expected
+
+
+def pretend(monkeypatch, *, capability=(9, 0), archs=("80", "90a"), devices=1) -> None:
+    """A machine with GPUs of `capability` and a library built for `archs`."""
+
+    class Binding:
+        @staticmethod
+        def build_info():
+            return {"archs": archs}
+
+    capabilities = capability if isinstance(capability, list) else [capability] * devices
+    monkeypatch.setattr(cuda, "_import_error", None)
+    monkeypatch.setattr(cuda, "_C", Binding, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: capabilities[torch.device("cuda", device).index]
+        if isinstance(device, int)
+        else capabilities[device.index or 0]
+    )  # fmt: skip
+
+
+def test_unavailable_without_the_library(monkeypatch, tmp_path) -> None:
+    record = tmp_path / "_build_info.json"
+    monkeypatch.setattr(cuda, "_BUILD_RECORD", record)
+    missing = ModuleNotFoundError("No module named 'qsun_kernels._C'", name="qsun_kernels._C")
+    monkeypatch.setattr(cuda, "_import_error", missing)
+    assert "no build record" in cuda.unavailable()
+    record.write_text(json.dumps({"build": False, "reason": "built with QSUN_CUDA=off"}))
+    assert cuda.unavailable() == "the CUDA library is not built (built with QSUN_CUDA=off)"
+    record.write_text(json.dumps({"build": True, "reason": "QSUN_CUDA=auto"}))
+    assert "not for Python" in cuda.unavailable()
+    monkeypatch.setattr(cuda, "_import_error", ImportError("libqsun.so: cannot open shared object file"))
+    assert cuda.unavailable() == (
+        "the CUDA library does not load (libqsun.so: cannot open shared object file)"
+    )
+    assert cuda.build_info() == {}
+
+
+def test_unavailable_without_a_gpu(monkeypatch) -> None:
+    pretend(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cuda.unavailable() == f"no CUDA device is visible to torch {torch.__version__}"
+
+
+def test_unavailable_for_another_architecture(monkeypatch) -> None:
+    pretend(monkeypatch, capability=(12, 0))
+    assert cuda.unavailable() == (
+        "the CUDA library is built for sm_80, sm_90a, and this GPU is sm_120: "
+        "reinstall with QSUN_CUDA_ARCHS=120"
+    )
+    pretend(monkeypatch, capability=(9, 0), archs=("80",))
+    assert "this GPU is sm_90: reinstall with QSUN_CUDA_ARCHS=90a" in cuda.unavailable()
+    pretend(monkeypatch, capability=(9, 0))
+    assert cuda.unavailable() is None
+    # One GPU that it can use is enough; the other is refused problem by problem.
+    pretend(monkeypatch, capability=[(7, 5), (8, 0)])
+    assert cuda.unavailable() is None
+    other = RmsNormProblem(64, False, HALF, torch.device("cuda", 0))
+    assert "this GPU is sm_75" in cuda.IMPLEMENTATIONS["rms_norm"].supports(other)
+
+
+SUPPORTED = [
+    Wna16Problem(17, 33, 3, "channel", False, True, HALF, GPU),
+    DequantizeProblem(17, 33, 2, 32, True, False, torch.float32, GPU),
+    PagedAttentionDecodeProblem(9, 3, 80, 16, None, HALF, HALF, GPU),
+    PagedAttentionDecodeProblem(64, 1, 256, 8, 4096, torch.bfloat16, torch.bfloat16, GPU),
+    WriteKvCacheProblem(3, 5, 7, torch.float32, torch.float32, GPU),
+    RmsNormProblem(1, True, HALF, GPU),
+    ApplyRopeProblem(9, 3, 6, HALF, GPU),
+    SiluAndMulProblem(1, HALF, GPU),
+]
+
+
+@pytest.mark.parametrize("problem", SUPPORTED, ids=lambda problem: problem.operator)
+def test_supported_problems(monkeypatch, problem) -> None:
+    pretend(monkeypatch)
+    implementation = cuda.IMPLEMENTATIONS[problem.operator]
+    assert implementation.supports(problem) is None
+    description = implementation.describe(problem)
+    assert description and "\n" not in description
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        (RmsNormProblem(64, False, HALF, torch.device("cpu")), "device is cpu, expected a CUDA device"),
+        (
+            RmsNormProblem(64, False, torch.float64, GPU),
+            "dtype is torch.float64, expected one of torch.float32",
+        ),
+        (RmsNormProblem(0, False, HALF, GPU), "hidden_size is 0, expected at least 1"),
+        (SiluAndMulProblem(0, HALF, GPU), "size is 0, expected at least 1"),
+        (ApplyRopeProblem(4, 2, 63, HALF, GPU), "head_dim is 63, expected an even number"),
+        (
+            WriteKvCacheProblem(3, 64, 16, HALF, torch.float8_e4m3fn, GPU),
+            "kv_dtype is torch.float8_e4m3fn, expected that of k and v (torch.float16)",
+        ),
+        (
+            PagedAttentionDecodeProblem(8, 2, 100, 16, None, HALF, HALF, GPU),
+            "head_dim is 100, expected a multiple of 8, at most 256",
+        ),
+        (
+            PagedAttentionDecodeProblem(8, 2, 512, 16, None, HALF, HALF, GPU),
+            "head_dim is 512, expected a multiple of 8, at most 256",
+        ),
+        (
+            PagedAttentionDecodeProblem(8, 2, 64, 24, None, HALF, HALF, GPU),
+            "block_size is 24, expected a power of two from 8 to 65536",
+        ),
+        (
+            PagedAttentionDecodeProblem(8, 2, 64, 16, None, HALF, torch.bfloat16, GPU),
+            "kv_dtype is torch.bfloat16, expected that of q (torch.float16)",
+        ),
+        (Wna16Problem(8, 8, 4, 32, True, False, torch.int8, GPU), "dtype is torch.int8, expected one of"),
+    ],
+)
+def test_refused_problems(monkeypatch, problem, reason) -> None:
+    pretend(monkeypatch)
+    assert reason in cuda.IMPLEMENTATIONS[problem.operator].supports(problem)
+
+
+def test_every_operator_is_there() -> None:
+    assert {problem.operator for problem in SUPPORTED} == set(cuda.IMPLEMENTATIONS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("problem", SUPPORTED, ids=lambda problem: problem.operator)
+def test_a_gpu_takes_this_backend_by_itself(problem) -> None:
+    from qsun_kernels.backends.dispatch import select
+
+    assert select(problem).backend == "cuda"

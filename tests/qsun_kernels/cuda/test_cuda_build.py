@@ -1,0 +1,318 @@
+"""The built binding on any machine: its facts, choices, refused arguments, errors without a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qsun_kernels.errors import KernelLaunchError
+
+H100 = {
+    "compute_major": 9,
+    "compute_minor": 0,
+    "sm_count": 132,
+    "shared_memory_per_block": 232_448,
+    "l2_bytes": 52_428_800,
+}
+NO_DRIVER = re.compile(r"cudaError(InsufficientDriver|NoDevice|NotSupported|StubLibrary)")
+
+
+@pytest.fixture
+def h100(extension):
+    return extension.DeviceProps(**H100)
+
+
+def test_build_info_is_complete(extension) -> None:
+    info = extension.build_info()
+    assert set(info) == {"archs", "nvcc", "host_compiler", "revision", "cuda_runtime"}
+    assert info["archs"] and all(re.fullmatch(r"\d+[af]?", arch) for arch in info["archs"])
+    assert re.fullmatch(r"\d+\.\d+\.\d+", info["nvcc"])
+    assert info["cuda_runtime"] >= 12000
+    assert info["host_compiler"] and info["revision"]
+
+
+def test_the_libraries_need_only_each_other_and_the_system(extension) -> None:
+    """No CUDA runtime, no torch, no libpython to find at run time, and no path of the build machine."""
+    package = Path(extension.__file__).parent
+    allowed = (
+        "libqsun",
+        "libstdc++",
+        "libgcc_s",
+        "libc.",
+        "libm.",
+        "libdl",
+        "libpthread",
+        "librt",
+        "ld-linux",
+    )
+    for library in (Path(extension.__file__), package / "libqsun.so"):
+        try:
+            listed = subprocess.run(
+                ["readelf", "-d", library], capture_output=True, text=True, check=True
+            ).stdout
+        except FileNotFoundError:
+            pytest.skip("needs readelf")
+        for name in re.findall(r"\(NEEDED\).*\[(.+)\]", listed):
+            assert name.startswith(allowed), f"{library.name} needs {name}"
+        assert re.findall(r"\((?:RUNPATH|RPATH)\).*\[(.+)\]", listed) == ["$ORIGIN"]
+
+
+def test_importing_touches_no_gpu(extension) -> None:
+    """A process that hides every GPU imports the binding and asks it for its build."""
+    script = "from qsun_kernels import _C; print(_C.build_info()['archs'], _C.driver_version() >= 0)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=hidden_gpus(), check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("True")
+
+
+def hidden_gpus() -> dict[str, str]:
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+
+
+def test_errors_without_a_gpu_are_clean(extension) -> None:
+    """Questions and launches fail with the runtime's own words, and the process goes on."""
+    script = """
+from qsun_kernels import _C
+from qsun_kernels.errors import KernelLaunchError
+for ask in (lambda: _C.device_info(0), lambda: _C.rms_norm(16, 0, 16, 16, 0, 2, 64, 64, 0, 1e-5, 1, 0, 0),
+            lambda: _C.wna16_linear(16, 16, 16, 0, 0, 0, 0, 16, 1, 32, 32, 32, 0, 32, 4, 32, 1, 0, 0)):
+    try:
+        ask()
+    except (RuntimeError, KernelLaunchError) as error:
+        print(type(error).__name__, error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=hidden_gpus(), check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["RuntimeError", "KernelLaunchError", "KernelLaunchError"]
+    assert all(NO_DRIVER.search(line) for line in lines), done.stdout
+    assert "num_rows=2 hidden_size=64" in lines[1] and "M=1 N=32 K=32 bits=4" in lines[2]
+
+
+# ---- which kernel, which grid
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "tile_m", "warps", "grid_n", "grid_m"),
+    [
+        (1, 4096, 1, 8, 256, 1),
+        (2, 4096, 2, 8, 256, 1),
+        (3, 4096, 4, 8, 256, 1),
+        (8, 28672, 8, 8, 1792, 1),
+        (9, 4096, 8, 8, 256, 2),
+        (1, 576, 1, 2, 144, 1),  # few rows: smaller blocks, more of them
+        (1, 1, 1, 2, 1, 1),
+        (64, 576, 8, 8, 36, 8),
+        (10**7, 2, 8, 8, 1, 65535),  # a grid's second dimension ends there, the kernel takes more turns
+    ],
+)
+def test_choose_wna16_linear(extension, h100, M, N, tile_m, warps, grid_n, grid_m) -> None:
+    config = extension.choose_wna16_linear(M, N, h100)
+    got = (config.tile_m, config.warps, config.grid_n, config.grid_m)
+    assert got == (tile_m, warps, grid_n, grid_m), repr(config)
+    assert repr(config) == (
+        f"Wna16LinearConfig(tile_m={tile_m} warps={warps} grid_n={grid_n} grid_m={grid_m})"
+    )
+
+
+@pytest.mark.parametrize("N", (1, 15, 16, 17, 576, 4095, 2**31 - 1))
+def test_every_weight_row_has_a_warp(extension, h100, N) -> None:
+    for M in (1, 2, 4, 8, 100):
+        config = extension.choose_wna16_linear(M, N, h100)
+        assert config.grid_n * config.warps * 2 >= N > (config.grid_n - 1) * config.warps * 2
+        assert config.tile_m * config.grid_m >= M
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "head_dim", "max_blocks", "window", "expected"),
+    [
+        (1, (32, 8), 128, 64, -1, (4, 1, 16, 16)),  # 1K tokens in parts of 64
+        (1, (32, 8), 128, 4096, -1, (4, 1, 16, 66)),  # 64K tokens: four blocks a multiprocessor
+        (64, (32, 8), 128, 128, -1, (4, 1, 16, 2)),
+        (256, (32, 8), 128, 32, -1, (4, 1, 16, 1)),  # enough requests: nothing is cut
+        (256, (32, 8), 128, 2048, -1, (4, 1, 16, 8)),  # unless one could be much longer than the others
+        (1, (9, 3), 64, 8, -1, (4, 1, 8, 2)),
+        (1, (16, 1), 256, 4, -1, (8, 2, 32, 1)),
+        (1, (8, 8), 80, 4096, 100, (1, 1, 16, 2)),  # a window bounds what there is to cut
+        (0, (8, 8), 64, 4, -1, (1, 1, 8, 1)),
+        (2, (8, 8), 64, 0, -1, (1, 1, 8, 1)),
+    ],
+)
+def test_choose_paged_attention_decode(
+    extension, h100, batch, heads, head_dim, max_blocks, window, expected
+) -> None:
+    sizes = (batch, *heads, head_dim, 16, max_blocks, window)
+    config = extension.choose_paged_attention_decode(*sizes, h100)
+    assert (config.head_tile, config.head_tiles, config.lanes, config.num_parts) == expected, repr(config)
+    assert config.grid == batch * heads[1] * config.head_tiles * config.num_parts
+    scratch = extension.paged_attention_decode_scratch_bytes(*sizes, h100)
+    partial = batch * heads[0] * config.num_parts
+    assert scratch == (0 if config.num_parts == 1 else 4 * (-(-partial // 4) * 4 + partial * head_dim))
+
+
+def test_choose_rms_norm(extension) -> None:
+    half = 1
+    assert repr(extension.choose_rms_norm(4096, 4096, 4096, half)) == "RmsNormConfig(width=8 threads=256)"
+    assert extension.choose_rms_norm(4096, 576, 576, half).threads == 64
+    assert extension.choose_rms_norm(4096, 10**6, 10**6, half).threads == 1024
+    for unaligned in ((4098, 4096, 4096), (4096, 4095, 4096), (4096, 4096, 4097)):
+        assert extension.choose_rms_norm(*unaligned, half).width == 1
+
+
+# ---- refused arguments
+
+ADDRESS = 4096
+
+
+def call(addresses: str, **values: float) -> dict[str, float]:
+    """Arguments that pass every check: an address for each of the names, and values."""
+    return {**dict.fromkeys(addresses.split(), ADDRESS), **values}
+
+
+CALLS = {
+    "rms_norm": call(
+        "x weight out", residual=0, residual_out=0, num_rows=2, hidden_size=64, x_stride=64,
+        residual_stride=0, eps=0,
+    ),
+    "silu_and_mul": call("x out", num_rows=2, size=64, x_stride=128),
+    "apply_rope": call(
+        "q k positions cos_sin q_out k_out", num_tokens=2, num_q_heads=4, num_kv_heads=2, head_dim=64,
+        q_stride=256, k_stride=128, max_positions=100,
+    ),
+    "write_kv_cache": call(
+        "k v k_cache v_cache slot_mapping", num_tokens=2, num_kv_heads=2, head_dim=64, num_blocks=3,
+        block_size=16, k_stride=128, v_stride=128,
+    ),
+    "wna16_linear": call(
+        "x qweight scales out", qzeros=0, g_idx=0, bias=0, residual=0, M=2, N=32, K=64, x_stride=64,
+        residual_stride=0, out_stride=32, bits=4, group_size=32,
+    ),
+    "dequantize": call(
+        "qweight scales out", qzeros=0, g_idx=0, N=32, K=64, bits=4, group_size=32, scale_dtype=1
+    ),
+    "paged_attention_decode": call(
+        "q k_cache v_cache block_table seq_lens out lse scratch", scratch_bytes=2**30, batch=2, num_q_heads=4,
+        num_kv_heads=2, head_dim=64, num_blocks=8, block_size=16, max_blocks=4, q_stride=256,
+        block_table_stride=4, window=-1, softmax_scale=0.125,
+    ),
+}  # fmt: skip
+ENDING = {"dtype": 1, "device": 0, "stream": 0}
+REFUSED = [
+    *((op, {"dtype": 9}, "dtype is 9; expected 0 (float32), 1 (float16), 2 (bfloat16)") for op in CALLS),
+    ("rms_norm", {"x": 0}, "x is null; expected a device pointer"),
+    ("rms_norm", {"weight": 0}, "weight is null"),
+    ("rms_norm", {"out": 0}, "out is null"),
+    ("rms_norm", {"num_rows": -1}, "num_rows is -1; expected at least 0"),
+    ("rms_norm", {"num_rows": 2**31}, "num_rows is 2147483648; expected at most 2147483647"),
+    ("rms_norm", {"hidden_size": 0}, "hidden_size is 0; expected at least 1"),
+    ("rms_norm", {"residual": ADDRESS}, "residual_out is null; expected null exactly when residual is null"),
+    ("rms_norm", {"residual_out": ADDRESS}, "residual_out is given; expected null exactly when"),
+    ("silu_and_mul", {"x": 0}, "x is null"),
+    ("silu_and_mul", {"num_rows": -5}, "num_rows is -5; expected at least 0"),
+    ("silu_and_mul", {"size": 0}, "size is 0; expected at least 1"),
+    ("apply_rope", {"positions": 0}, "positions is null"),
+    ("apply_rope", {"head_dim": 63}, "head_dim is 63; expected a multiple of 2"),
+    ("apply_rope", {"num_tokens": -1}, "num_tokens is -1; expected at least 0"),
+    ("apply_rope", {"max_positions": 0}, "max_positions is 0; expected at least 1"),
+    ("apply_rope", {"num_kv_heads": 0}, "num_kv_heads is 0; expected at least 1"),
+    ("write_kv_cache", {"slot_mapping": 0}, "slot_mapping is null"),
+    ("write_kv_cache", {"block_size": 0}, "block_size is 0; expected at least 1"),
+    ("write_kv_cache", {"num_blocks": -1}, "num_blocks is -1; expected at least 0"),
+    ("write_kv_cache", {"v_cache": 0}, "v_cache is null"),
+    ("wna16_linear", {"bits": 5}, "bits is 5; expected one of 2 3 4 8"),
+    ("wna16_linear", {"group_size": 48}, "group_size is 48; expected one of 32 64 128 -1"),
+    ("wna16_linear", {"M": -1}, "M is -1; expected at least 0"),
+    ("wna16_linear", {"N": 0}, "N is 0; expected at least 1"),
+    ("wna16_linear", {"K": 0}, "K is 0; expected at least 1"),
+    ("wna16_linear", {"qweight": 0}, "qweight is null"),
+    ("wna16_linear", {"qweight": 4098}, "qweight is misaligned; expected an address divisible by 4"),
+    ("wna16_linear", {"scales": 0}, "scales is null"),
+    ("wna16_linear", {"out": 0}, "out is null"),
+    ("dequantize", {"bits": 0}, "bits is 0; expected one of 2 3 4 8"),
+    ("dequantize", {"group_size": 0}, "group_size is 0; expected one of"),
+    ("dequantize", {"scale_dtype": -1}, "dtype is -1; expected"),
+    ("dequantize", {"N": -3}, "N is -3; expected at least 0"),
+    ("paged_attention_decode", {"head_dim": 100}, "head_dim is 100; expected a multiple of 8"),
+    ("paged_attention_decode", {"head_dim": 264}, "head_dim is 264; expected at most 256"),
+    ("paged_attention_decode", {"num_q_heads": 5}, "num_q_heads is 5; expected a multiple of 2"),
+    ("paged_attention_decode", {"num_kv_heads": 0}, "num_kv_heads is 0; expected at least 1"),
+    ("paged_attention_decode", {"block_size": 24}, "block_size is 24; expected a power of two"),
+    ("paged_attention_decode", {"block_size": 4}, "block_size is 4; expected at least 8"),
+    (
+        "paged_attention_decode",
+        {"max_blocks": 2**27},
+        "max_blocks * block_size is 2147483648; expected at most",
+    ),
+    ("paged_attention_decode", {"window": -2}, "window is -2; expected at least -1"),
+    (
+        "paged_attention_decode",
+        {"k_cache": 4104},
+        "k_cache is misaligned; expected an address divisible by 16",
+    ),
+    ("paged_attention_decode", {"seq_lens": 0}, "seq_lens is null"),
+    ("paged_attention_decode", {"lse": 0}, "lse is null"),
+    ("paged_attention_decode", {"batch": -1}, "batch is -1; expected at least 0"),
+]
+
+
+@pytest.mark.damaged
+@pytest.mark.parametrize(("operator", "change", "message"), REFUSED)
+def test_refused_arguments(extension, operator, change, message) -> None:
+    """Refused before anything is launched, so these addresses are never followed."""
+    arguments = {**CALLS[operator], **ENDING, **change}
+    with pytest.raises(KernelLaunchError) as caught:
+        getattr(extension, operator)(**arguments)
+    assert caught.value.operator == operator
+    assert message in caught.value.error
+    assert caught.value.shapes and "=" in caught.value.shapes
+    assert (
+        str(caught.value) == f"{operator} failed to launch with {caught.value.shapes}: {caught.value.error}"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.damaged
+@pytest.mark.parametrize("scratch", ({"scratch_bytes": 0}, {"scratch": 0}))
+def test_too_little_scratch(emulated_extension, scratch) -> None:
+    """Needs a device to know how much; the emulator's is enough."""
+    sizes = {"batch": 1, "max_blocks": 4096, **scratch}
+    arguments = {**CALLS["paged_attention_decode"], **ENDING, **sizes}
+    with pytest.raises(KernelLaunchError, match=r"scratch(_bytes)? is (0|null); expected"):
+        emulated_extension.paged_attention_decode(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("operator", "empty"),
+    [
+        ("rms_norm", {"num_rows": 0, "x": 0, "out": 0}),
+        ("silu_and_mul", {"num_rows": 0, "x": 0, "out": 0}),
+        ("apply_rope", {"num_tokens": 0, "q": 0, "k": 0, "positions": 0, "q_out": 0, "k_out": 0}),
+        ("write_kv_cache", {"num_tokens": 0, "k": 0, "v": 0, "slot_mapping": 0}),
+        ("wna16_linear", {"M": 0, "x": 0, "out": 0}),
+        ("dequantize", {"N": 0, "qweight": 0, "scales": 0, "out": 0}),
+        ("paged_attention_decode", {"batch": 0, "q": 0, "out": 0, "lse": 0, "seq_lens": 0, "block_table": 0}),
+    ],
+)
+def test_an_empty_problem_launches_nothing(extension, operator, empty) -> None:
+    """Not even a driver is needed."""
+    getattr(extension, operator)(**{**CALLS[operator], **ENDING, **empty})
+
+
+def test_dtype_codes_are_those_of_the_launchers(extension) -> None:
+    from qsun_kernels.backends import cuda
+
+    for dtype, code in cuda._DTYPE_CODES.items():
+        with pytest.raises(KernelLaunchError) as caught:
+            extension.rms_norm(**{**CALLS["rms_norm"], **ENDING, "dtype": code, "hidden_size": 0})
+        assert f"dtype={str(dtype).removeprefix('torch.')}" in caught.value.shapes
+    assert set(cuda._DTYPE_CODES) == {torch.float32, torch.float16, torch.bfloat16}
