@@ -262,7 +262,7 @@ def paged_attention_decode(
             q.stride(0),
             block_table.stride(0),
             NO_WINDOW if window is None else min(window, NO_WINDOW),
-            softmax_scale,
+            float(softmax_scale),  # an integer would be a type of its own
             NUM_KV_HEADS=num_kv_heads,
             GROUP=group,
             HEAD_DIM=head_dim,

@@ -114,7 +114,7 @@ def rms_norm(
                 H,
                 x_rows.stride(0),
                 0 if residual_rows is None else residual_rows.stride(0),
-                eps,
+                float(eps),  # an integer would be a type of its own
                 BLOCK=block,
                 ROW_FITS=block >= H,
                 num_warps=min(8, max(1, block // 512)),

@@ -83,8 +83,8 @@ def choose(
     tiles = -(-M // block_m) * -(-N // block_n)
     chunks = -(-K // block_k)
     splits = 1
-    # Two programs a multiprocessor hide each other's latencies; under 4 chunks, adding costs most.
-    while splits < MAX_SPLITS and tiles * splits < 2 * num_multiprocessors and chunks >= 8 * splits:
+    # Three programs on two multiprocessors hide each other's latencies; under 4 chunks, adding costs most.
+    while splits < MAX_SPLITS and 2 * tiles * splits < 3 * num_multiprocessors and chunks >= 8 * splits:
         splits *= 2
     num_stages = 4 if block_m == 16 and block_n == 64 else 3
     return RowsConfig(block_m, block_n, block_k, splits, num_warps=4, num_stages=num_stages)

@@ -233,6 +233,14 @@ def more_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         case = attention_case(dtype, heads=heads, head_dim=head_dim, parts=parts)
         yield f"{heads} x {head_dim} {dtype} parts={parts}", case
     yield "fp16 on bf16", attention_case(fp16, kv_dtype=bf16)
+    one = torch.zeros(2, 1, dtype=bf16)
+    yield "rms_norm of one value", lambda: rms_norm(one, one[0], 1e-6, one)
+    yield "silu_and_mul of one value", lambda: silu_and_mul(torch.zeros(1, 2, dtype=bf16))
+    pair, position = torch.zeros(1, 1, 2, dtype=bf16), torch.zeros(1, dtype=torch.int64)
+    yield "apply_rope of one pair", lambda: apply_rope(pair, pair, position, torch.zeros(1, 2))
+    cache = torch.zeros(1, 1, 1, 2, dtype=bf16)
+    yield "write_kv_cache of one head", lambda: write_kv_cache(pair, pair, cache, cache, position)
+    yield "1/1 x 1 bf16 in parts", attention_case(bf16, heads=(1, 1), head_dim=1, parts=2)
 
 
 def main() -> None:

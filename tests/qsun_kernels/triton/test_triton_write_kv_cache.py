@@ -76,6 +76,14 @@ def test_nan_is_copied_with_its_payload(device: torch.device) -> None:
     assert not caches[:, 0, 0, 0].any()
 
 
+def test_nan_stays_nan_where_rounding_carries(device: torch.device) -> None:
+    """All bits set: adding half a unit in the last place to them would give zero."""
+    k = torch.tensor([[[0x7FFFFFFF, -1, 0x7FC00000]]], dtype=torch.int32, device=device).view(torch.float32)
+    caches = torch.zeros(2, 1, 1, 1, 3, dtype=torch.bfloat16, device=device)
+    write_kv_cache(k, k, caches[0], caches[1], torch.tensor([0], device=device), backend="triton")
+    assert caches.isnan().all()
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_slots_past_2_to_the_31_values(device: torch.device) -> None:

@@ -1,0 +1,126 @@
+"""Run every operator on tensors that end, or begin, at a page which must not be touched.
+
+A script, run by test_triton_bounds.py in a process of its own: one access out of bounds kills it. Triton's
+interpreter reads and writes through real addresses, so a mask that is missing shows here even where the value
+behind it is harmless; on a GPU this is the work of compute-sanitizer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import mmap
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsun_kernels import QuantSpec
+from qsun_kernels.backends.triton import IMPLEMENTATIONS, wna16_linear
+from qsun_kernels.backends.triton.paged_attention_decode import paged_attention_decode
+from qsun_kernels.testing import inputs
+
+PROT_NONE = 0
+LIBC = ctypes.CDLL(None, use_errno=True)
+AT_END = sys.argv[1:] == ["end"]
+
+mapped: list[mmap.mmap] = []
+
+
+def guarded(tensor: Tensor) -> Tensor:
+    """A copy of a contiguous tensor with an untouchable page right behind it, or right in front of it."""
+    nbytes = tensor.numel() * tensor.element_size()
+    if nbytes == 0:
+        return tensor
+    pages = -(-nbytes // mmap.PAGESIZE)
+    region = mmap.mmap(-1, (pages + 2) * mmap.PAGESIZE)
+    mapped.append(region)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(region))
+    for page in (0, pages + 1):
+        if LIBC.mprotect(ctypes.c_void_p(address + page * mmap.PAGESIZE), mmap.PAGESIZE, PROT_NONE):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    offset = mmap.PAGESIZE + (pages * mmap.PAGESIZE - nbytes if AT_END else 0)
+    flat = torch.frombuffer(region, dtype=torch.uint8, count=nbytes, offset=offset)
+    return flat.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def guarded_empty(size: Sequence[int], **kwargs: Any) -> Tensor:
+    return guarded(torch.full(size, torch.nan, **kwargs))
+
+
+def run(operator: str, *arguments: Any) -> Any:
+    return IMPLEMENTATIONS[operator].run(*arguments)
+
+
+def linear(source: torch.Generator, bits: int, group_size: int | str, act_order: bool, splits: int) -> None:
+    # K ends within a word, so a row's last chunk reaches into what is no longer of the weight.
+    M, N, K, dtype = 3, 37, 173, torch.float16
+    spec = QuantSpec(bits, group_size, symmetric=False)
+    packed = inputs.packed_weight(source, N, K, spec, act_order=act_order).with_scales(dtype)
+    run("dequantize", packed, dtype)
+    prepared = wna16_linear.prepare(packed, dtype)
+    prepared = replace(prepared, tensors=tuple(guarded(tensor) for tensor in prepared.tensors))
+    x, bias, residual = (guarded(inputs.normal(source, shape, dtype)) for shape in ((M, K), (N,), (M, N)))
+    config = wna16_linear.RowsConfig(16, 64, 32, splits, num_warps=4, num_stages=1)
+    out = wna16_linear.wna16_linear(x, prepared, bias, residual, config=config)
+    assert out.isfinite().all()
+
+
+def attention(source: torch.Generator, head_dim: int, block_size: int, parts: int) -> None:
+    """The block table has no column more than the lengths need, the cache no block."""
+    lengths = [2 * block_size, 1, 0, 2 * block_size - 1]
+    case = inputs.paged_attention_inputs(
+        source,
+        lengths,
+        num_q_heads=6,
+        num_kv_heads=2,
+        head_dim=head_dim,
+        block_size=block_size,
+        dtype=torch.bfloat16,
+        spare_blocks=0,
+    )
+    out, lse = paged_attention_decode(
+        guarded(case.q.contiguous()),
+        guarded(case.k_cache),
+        guarded(case.v_cache),
+        guarded(case.block_table.contiguous()),
+        guarded(case.seq_lens),
+        case.softmax_scale,
+        None,
+        parts,
+    )
+    assert out.isfinite().all() and not lse.isnan().any()
+
+
+def main() -> None:
+    faulthandler.enable()
+    source = inputs.generator(0)
+    torch.empty = guarded_empty  # the launchers' outputs and scratch
+    torch.empty_like = guarded
+    for bits, group_size, act_order, splits in (
+        (2, 32, False, 1),
+        (3, 64, False, 2),
+        (3, 32, True, 1),
+        (4, 128, False, 1),
+        (8, "channel", False, 2),
+    ):
+        linear(source, bits, group_size, act_order, splits)
+    for head_dim, block_size, parts in ((20, 3, 1), (16, 16, 3), (80, 1, 2)):
+        attention(source, head_dim, block_size, parts)
+
+    x, residual = (guarded(inputs.normal(source, (3, 130), torch.bfloat16)) for _ in range(2))
+    run("rms_norm", x, guarded(torch.ones(130, dtype=torch.bfloat16)), 1e-6, residual)
+    run("silu_and_mul", x)
+    q, k = (guarded(inputs.normal(source, (3, heads, 20), torch.float16)) for heads in (5, 3))
+    positions = guarded(torch.tensor([6, 0, 3]))
+    run("apply_rope", q, k, positions, guarded(torch.rand(7, 20, generator=source)))
+    caches = [guarded(torch.zeros(4, 3, 2, 20, dtype=torch.float16)) for _ in range(2)]
+    run("write_kv_cache", k, k, *caches, guarded(torch.tensor([7, -1, 0])))
+    print("in bounds")
+
+
+if __name__ == "__main__":
+    main()
