@@ -291,7 +291,7 @@ def describe(problem: Wna16Problem) -> str:
     order = " act-order" if p.has_g_idx else ""
     return (
         f"wna16_rows_kernel: W{p.bits} {group}{order} in the layout {LAYOUT}; for one token "
-        f"{one.block_n} rows x {one.block_k} columns a step, K in {one.splits} splits"
+        f"{one.block_n} rows x {one.block_k} columns a step, K split in {one.splits}"
     )
 
 
