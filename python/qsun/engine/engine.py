@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from qsun.modules.decode import DecodeModule, load_decode_module
 
 if TYPE_CHECKING:
     from qsun.modules.prefill import PrefillModule
+    from qsun.modules.quantize import Progress
     from qsun_kernels.quant import GroupSize
 
 __all__ = ["DecodeEngine"]
@@ -92,7 +93,7 @@ class DecodeEngine:
         calibration: Items[Items[int]] | None = None,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str | None = None,
-        progress: Callable[[int, int, str], None] | None = None,
+        progress: Progress | None = None,
         **options: Any,
     ) -> DecodeEngine:
         """Load the shared decode module and its tokenizer.
@@ -130,6 +131,7 @@ class DecodeEngine:
         prefill_module: PrefillModule | Path | str | None = None,
         *,
         first_token: FirstToken | None = None,
+        progress: Progress | None = None,
     ) -> None:
         """Register a task.
 
@@ -137,6 +139,7 @@ class DecodeEngine:
             base; a loaded module is taken as it is.
         first_token: who predicts the first new token.  None is what the module's card states; a module
             without a card runs under the engine's own setting.
+        progress: called with (layers done, layers in all, what is being done).
 
         Raises IncompatibleModule when the module does not fit the decode module or was trained for the other
         convention, CheckpointError when it is damaged, ValueError for a name that is taken.
@@ -147,8 +150,9 @@ class DecodeEngine:
             prefill_module,
             decode=self.decode_module,
             base_path=self._base_path,
+            options=self.options,
             first_token=first_token,
-            default_first_token=self.options.first_token,
+            progress=progress,
         )
         if self._stream is not None:
             # Its weights were copied on the caller's stream, and are read on the engine's.

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 from qsun.core import FirstToken
 from qsun.errors import IncompatibleModule, RequestError
-from qsun.modules.card import ModuleCard
+from qsun.modules.card import CARD_FILE
 from qsun.modules.prefill import PrefillModule, load_prefill_module
 
 if TYPE_CHECKING:
+    from qsun.engine.options import EngineOptions
     from qsun.modules.decode import DecodeModule
+    from qsun.modules.quantize import Progress
 
 __all__ = ["Model", "Registry", "load_model"]
 
@@ -80,38 +82,36 @@ def load_model(
     *,
     decode: DecodeModule,
     base_path: Path,
+    options: EngineOptions,
     first_token: FirstToken | None,
-    default_first_token: FirstToken,
+    progress: Progress | None,
 ) -> Model:
     """A model from its prefill module: loaded already, at a path, or (None) the base's own weights.
 
     first_token: the convention to run under.  None is the module card's; a module without a card runs under
-    `default_first_token`.
+        the engine's.
     Raises IncompatibleModule when the card states another convention than the one asked for, and whatever
     `load_prefill_module` raises.
     """
     if first_token not in (None, "decode", "prefill"):
         raise ValueError(f"first_token must be 'decode', 'prefill' or None, got {first_token!r}")
     if isinstance(source, PrefillModule):
-        module, stated = source, source.card.first_token
-        _require_convention(name, first_token, stated)
-        return Model(name, module.fingerprint, stated, module)
-    path = None if source is None else Path(source)
-    card = _card_at(base_path if path is None else path)
-    if card is not None:
-        _require_convention(name, first_token, card.first_token)
-    module = load_prefill_module(name, path, base_path=base_path, decode=decode)
-    convention = (first_token or default_first_token) if card is None else card.first_token
-    return Model(name, module.fingerprint, convention, module)
-
-
-def _card_at(path: Path) -> ModuleCard | None:
-    return ModuleCard.read(path) if path.is_dir() else None
-
-
-def _require_convention(name: str, wanted: FirstToken | None, stated: FirstToken) -> None:
-    if wanted is not None and wanted != stated:
-        raise IncompatibleModule(
-            f"model {name!r}: first_token is {wanted!r}, expected {stated!r}, the convention that its module"
-            " card says it was trained with"
+        module = source
+        if first_token is not None and first_token != module.first_token:
+            raise IncompatibleModule(
+                f"model {name!r}: first_token is {first_token!r}, expected {module.first_token!r}, the"
+                " convention that the module was loaded with"
+            )
+    else:
+        path = None if source is None else Path(source)
+        has_card = path is not None and (path / CARD_FILE).is_file()
+        module = load_prefill_module(
+            name,
+            path,
+            base_path=base_path,
+            decode=decode,
+            backend=options.backend,
+            first_token=first_token if has_card else first_token or options.first_token,
+            progress=progress,
         )
+    return Model(name, module.fingerprint, module.first_token, module)

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-import pytest
+import random
 
-from qsun import SamplingParams
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from qsun import DecodeEngine, SamplingParams
 
 THREE = ("poet", "clerk", "cook")
 GREEDY = SamplingParams(temperature=0, max_tokens=64)
@@ -159,3 +172,59 @@ def test_the_longest_answer_fits_the_cache_exactly(make_engine, tiny, reference)
     params = SamplingParams(temperature=0, max_tokens=500, ignore_eos=True)
     (completion,) = engine.generate(prompt, model="poet", params=params)
     assert completion.finish_reason == "length" and list(completion.token_ids) == expected
+
+
+SHAPE = dict(
+    vocab_size=200,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=128,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=None,
+    tie_word_embeddings=False,
+    initializer_range=0.2,
+)
+ARCHITECTURES = {
+    "mistral with a window": lambda: MistralForCausalLM(MistralConfig(sliding_window=9, **SHAPE)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE)),
+    "llama 3 rope, tied": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            **{**SHAPE, "tie_word_embeddings": True},
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_through_chunks_and_preemptions(tmp_path, reference, architecture) -> None:
+    torch.manual_seed(4)
+    model = ARCHITECTURES[architecture]().eval()
+    model.save_pretrained(tmp_path)
+    draw = random.Random(0)
+    beginnings = [[draw.randrange(200) for _ in range(draw.randrange(3, 30))] for _ in range(6)]
+    cases = [
+        reference.cases(seed, 1, 5, lambda p: reference.greedy(model, [t % 200 for t in p], 20), beginning)
+        for seed, beginning in enumerate(beginnings)
+    ]
+    prompts = [[token % 200 for token in prompt] for (prompt,), _ in cases]
+    engine = DecodeEngine.from_pretrained(
+        tmp_path, bits=16, dtype=torch.float32, device="cpu", block_size=4, memory="48KiB", prefill_chunk=7
+    )
+    engine.add_model("own")
+    params = SamplingParams(temperature=0, max_tokens=20)
+    assert answers(engine, prompts, "own", params) == [answer for _, (answer,) in cases]
+    assert engine.stats().preemptions > 0
