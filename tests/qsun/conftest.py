@@ -89,15 +89,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyModel]:
 
 
 class PagedSequence:
-    """One sequence in a cache whose blocks are scattered, and hold not-a-number wherever nothing was written."""
+    """One sequence in a cache of scattered blocks, with not-a-number wherever nothing was written."""
 
     def __init__(self, decode: DecodeModule, length: int = 64, block_size: int = 4, seed: int = 0) -> None:
         self.decode = decode
+        self.device = decode.device
         self.block_size = block_size
         blocks = -(-length // block_size)
         permutation = torch.randperm(2 * blocks, generator=torch.Generator().manual_seed(seed))
-        self.block_ids = permutation[:blocks]
-        self.cache = KVCache.allocate(decode.config, 2 * blocks, block_size, decode.dtype, "cpu")
+        self.block_ids = permutation[:blocks].to(self.device)
+        self.cache = KVCache.allocate(decode.config, 2 * blocks, block_size, decode.dtype, self.device)
         for k_cache, v_cache in self.cache.layers:
             k_cache.fill_(torch.nan)
             v_cache.fill_(torch.nan)
@@ -109,7 +110,7 @@ class PagedSequence:
     def prefill(self, token_ids: Sequence[int], stack: DecoderStack | None = None) -> Tensor:
         """Logits (T, V) of a chunk of the prompt, through the decode module's stack or another."""
         start, end = self.length, self.length + len(token_ids)
-        positions = torch.arange(start, end)
+        positions = torch.arange(start, end, device=self.device)
         blocks = self.block_ids[: -(-end // self.block_size)]
         chunk = PrefillChunk(start=0, length=end - start, context_len=start, block_ids=blocks)
         ctx = ForwardContext(positions, self.slots(positions), PrefillAttention((chunk,)))
@@ -117,9 +118,14 @@ class PagedSequence:
 
     def step(self, token_id: int) -> Tensor:
         """Logits (1, V) after one more token, through the decode path."""
-        positions = torch.tensor([self.length])
-        attention = DecodeAttention(self.block_ids.int()[None], torch.tensor([self.length + 1], dtype=torch.int32))
-        return self._run([token_id], ForwardContext(positions, self.slots(positions), attention), self.decode.stack)
+        return self._run([token_id], self.step_context(), self.decode.stack)
+
+    def step_context(self) -> ForwardContext:
+        """The context of the next token on the decode path."""
+        positions = torch.tensor([self.length], device=self.device)
+        lengths = torch.tensor([self.length + 1], dtype=torch.int32, device=self.device)
+        attention = DecodeAttention(self.block_ids.int()[None], lengths)
+        return ForwardContext(positions, self.slots(positions), attention)
 
     def greedy(self, prompt: Sequence[int], count: int, stack: DecoderStack | None = None) -> list[int]:
         """`count` most likely tokens after the prompt."""
@@ -129,9 +135,9 @@ class PagedSequence:
         return tokens
 
     def _run(self, token_ids: Sequence[int], ctx: ForwardContext, stack: DecoderStack) -> Tensor:
-        hidden = stack(self.decode.embed(torch.tensor(token_ids)), ctx, self.cache)
+        hidden = stack(self.decode.embed(torch.tensor(token_ids, device=self.device)), ctx, self.cache)
         self.length += len(token_ids)
-        return self.decode.logits(hidden)
+        return self.decode.logits(hidden).cpu()
 
 
 @pytest.fixture

@@ -16,10 +16,11 @@ from qsun.errors import CheckpointError
 from qsun.layers.norm import RMSNorm
 from qsun.models.build import Placement, build_layer
 from qsun.models.config import WEIGHT_DTYPES, ModelConfig
-from qsun.models.decoder import DecoderStack
+from qsun.models.decoder import DecoderLayer, DecoderStack
+from qsun.models.weights import LayerWeights
 from qsun.modules.card import DecoderFingerprint, ModuleCard, check_card_fits_checkpoint
 from qsun.modules.digest import base_digest, vocabulary_digest
-from qsun.modules.quantize import Progress, Quantizer, decoder_layers, plan_quantization
+from qsun.modules.quantize import Progress, Quantizer, layer_source, plan_quantization
 from qsun_kernels import QuantSpec, rope_cache
 from qsun_kernels.backends.dispatch import requested_backend
 from qsun_kernels.backends.problems import BackendName
@@ -133,38 +134,51 @@ def load_decode_module(
             calibration=calibration,
         )
         check_names(reader)
-        card, embed_tokens = read_identity(reader)
-        embed = embed_tokens.to(placement.dtype)
-        head = read_lm_head(reader, embed, placement.dtype)
+        card, embed_tokens, lm_head = read_frame(reader, placement.dtype)
+        tied = lm_head is embed_tokens
+        embed_tokens = embed_tokens.to(placement.device)
+        lm_head = embed_tokens if tied else lm_head.to(placement.device)
+        config = reader.config
+        read = layer_source(reader, plan, placement, embed_tokens)
         layers = []
-        for layer, weights in enumerate(decoder_layers(reader, plan, placement, embed)):
-            try:
-                layers.append(build_layer(weights, layer, reader.config, placement))
-            except ValueError as error:
-                raise CheckpointError(f"{reader.path}: layer {layer}: {error}") from error
+        for layer in range(config.num_layers):
+            # The weights are passed on without a name, so that they are gone before the next layer is read.
+            layers.append(_place_layer(reader, read(layer), layer, placement))
             if progress is not None:
-                progress(layer + 1, reader.config.num_layers, "decode layers")
-        norm = RMSNorm(
-            read_final_norm(reader, placement.dtype).to(placement.device), reader.config.rms_norm_eps
-        )
-        table = rope_cache(
-            reader.config.rope,
-            reader.config.head_dim,
-            reader.config.max_position_embeddings,
-            placement.device,
-        )
-        on_device = embed.to(placement.device)
-        stored = reader.quantization.spec if reader.quantization is not None else None
+                progress(layer + 1, config.num_layers, "decode layers")
+        norm = RMSNorm(read_final_norm(reader, placement.dtype).to(placement.device), config.rms_norm_eps)
+        table = rope_cache(config.rope, config.head_dim, config.max_position_embeddings, placement.device)
+        stored = None if reader.quantization is None else reader.quantization.spec
         return DecodeModule(
             reader.path,
-            DecoderStack(reader.config, layers, norm, table),
-            on_device,
-            on_device if head is embed else head.to(placement.device),
-            plan.spec if plan is not None else stored,
+            DecoderStack(config, layers, norm, table),
+            embed_tokens,
+            lm_head,
+            stored if plan is None else plan.spec,
             card,
         )
     finally:
         reader.close()
+
+
+def _place_layer(
+    reader: CheckpointReader, weights: LayerWeights, layer: int, placement: Placement
+) -> DecoderLayer:
+    """Build a layer; weights that the backend cannot hold are the checkpoint's fault."""
+    try:
+        return build_layer(weights, layer, reader.config, placement)
+    except ValueError as error:
+        raise CheckpointError(f"{reader.path}: layer {layer}: {error}") from error
+
+
+def read_frame(reader: CheckpointReader, dtype: torch.dtype) -> tuple[ModuleCard, Tensor, Tensor]:
+    """What stands around the layers: the card, the embedding and the lm_head (V, H), in host memory.
+
+    The two are one tensor when they are tied.
+    """
+    card, stored = read_identity(reader)
+    embed_tokens = stored.to(dtype)
+    return card, embed_tokens, read_lm_head(reader, embed_tokens, dtype)
 
 
 def read_identity(reader: CheckpointReader) -> tuple[ModuleCard, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from qsun.checkpoint.reader import CheckpointReader, open_checkpoint
 from qsun.checkpoint.safetensors_reader import SafetensorsReader
 from qsun.checkpoint.tokenizer import TOKENIZER_FILES, load_tokenizer
-from qsun.checkpoint.weights import check_names, read_final_norm, read_lm_head
+from qsun.checkpoint.weights import check_names, read_final_norm
 from qsun.checkpoint.writer import MAX_SHARD_BYTES, CheckpointWriter
 from qsun.models.build import Placement
 from qsun.models.hf_config import hf_config_from_model
@@ -26,12 +26,12 @@ from qsun.models.weights import (
     projection_path,
 )
 from qsun.modules.card import ModuleCard
-from qsun.modules.decode import read_identity, resolve_device, resolve_dtype
+from qsun.modules.decode import read_frame, resolve_device, resolve_dtype
 from qsun.modules.digest import base_digest
 from qsun.modules.quantize import (
     Progress,
     Quantizer,
-    decoder_layers,
+    layer_source,
     plan_quantization,
 )
 from qsun_kernels import PackedWeight, QuantSpec
@@ -90,27 +90,27 @@ def export_quantized(
         assert spec is not None
         act_order = stored is not None and stored.act_order
         check_names(reader)
-        card, embed_tokens = read_identity(reader)
-        embed = embed_tokens.to(placement.dtype)
-        digest = base_digest(embed)
+        card, embed_tokens, lm_head = read_frame(reader, placement.dtype)
+        digest = base_digest(embed_tokens)
         card = replace(
             card,
             name=name or target.name,
             embed_tokens=None if digest == card.decoder.base else digest,
         )
+        read = layer_source(reader, plan, placement, embed_tokens)
         with CheckpointWriter(target, max_shard_bytes) as writer:
-            writer.add(EMBED_TOKENS, embed)
-            for layer, weights in enumerate(decoder_layers(reader, plan, placement, embed)):
+            writer.add(EMBED_TOKENS, embed_tokens)
+            for layer in range(reader.config.num_layers):
                 try:
-                    _add_layer(writer, layer, weights, spec, act_order)
+                    # Without a name of its own a layer is gone before the next one is read.
+                    _add_layer(writer, layer, read(layer), spec, act_order)
                 except ValueError as error:
                     raise ValueError(f"{source}: layer {layer}: {error}") from error
                 if progress is not None:
                     progress(layer + 1, reader.config.num_layers, "quantised layers")
             writer.add(FINAL_NORM, read_final_norm(reader, placement.dtype))
-            head = read_lm_head(reader, embed, placement.dtype)
             if not reader.config.tie_word_embeddings:
-                writer.add(LM_HEAD, head)
+                writer.add(LM_HEAD, lm_head)
             writer.write_json("config.json", _config(reader, spec, act_order, placement.dtype))
             _write_generation_config(writer, reader)
             _write_tokenizer(writer, reader)

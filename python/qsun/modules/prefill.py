@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -27,14 +27,14 @@ from qsun.errors import CheckpointError, IncompatibleModule, SharedPartsWarning
 from qsun.layers.norm import RMSNorm
 from qsun.models.build import Placement, build_layer
 from qsun.models.config import ModelConfig
-from qsun.models.decoder import DecoderStack
+from qsun.models.decoder import DecoderLayer, DecoderStack
 from qsun.models.rope_config import rope_to_hf
 from qsun.models.weights import EMBED_TOKENS, FINAL_NORM, LM_HEAD, LayerWeights
 from qsun.modules.card import DecoderFingerprint, ModuleCard, check_card_fits_checkpoint
 from qsun.modules.decode import DecodeModule, read_identity, resolve_device, resolve_dtype
 from qsun.modules.digest import WeightDigest, vocabulary_digest
 from qsun.modules.lora import ADAPTER_CONFIG, LoraAdapter
-from qsun.modules.quantize import Progress
+from qsun.modules.quantize import LayerSource, Progress
 from qsun_kernels.backends.problems import BackendName
 
 SharedPart = Literal["embed_tokens", "lm_head"]
@@ -124,14 +124,17 @@ def load_prefill_module(
                 else _own_card(reader, decode, unstated)
             )
             parts = {} if source is None else _shared_parts(reader, decode)
-            layers = _plain_layers(reader, placement.dtype)
-            return _build(name, reader, layers, decode, placement, card, first_token, parts, progress)
+
+            def read(layer: int) -> LayerWeights:
+                return read_layer(reader, layer, placement.dtype)
+
+            return _build(name, reader, read, decode, placement, card, first_token, parts, progress)
         card = _adapter_card(source, reader, decode, unstated)
         adapter = LoraAdapter(source, reader.config)
         try:
-            layers = _merged_layers(reader, adapter, placement.dtype)
+            merged = _merged_layers(reader, adapter, placement.dtype)
             return _build(
-                name, reader, layers, decode, placement, card, first_token, adapter.shared_parts(), progress
+                name, reader, merged, decode, placement, card, first_token, adapter.shared_parts(), progress
             )
         finally:
             adapter.close()
@@ -139,26 +142,21 @@ def load_prefill_module(
         reader.close()
 
 
-def _plain_layers(reader: CheckpointReader, dtype: torch.dtype) -> Iterator[LayerWeights]:
-    for layer in range(reader.config.num_layers):
-        yield read_layer(reader, layer, dtype)
-
-
-def _merged_layers(
-    reader: CheckpointReader, adapter: LoraAdapter, dtype: torch.dtype
-) -> Iterator[LayerWeights]:
-    for layer in range(reader.config.num_layers):
+def _merged_layers(reader: CheckpointReader, adapter: LoraAdapter, dtype: torch.dtype) -> LayerSource:
+    def read_and_merge(layer: int) -> LayerWeights:
         merged = adapter.merge(layer, read_layer(reader, layer, torch.float32))
         try:
-            yield merged.cast(dtype)
+            return merged.cast(dtype)
         except ValueError as error:
             raise CheckpointError(f"{adapter.path}: merged layer {layer}: {error}") from error
+
+    return read_and_merge
 
 
 def _build(
     name: str,
     reader: CheckpointReader,
-    weights: Iterator[LayerWeights],
+    read: LayerSource,
     decode: DecodeModule,
     placement: Placement,
     card: ModuleCard,
@@ -178,9 +176,9 @@ def _build(
     config = reader.config
     layers = []
     with WeightDigest(_constants(config)) as digest:
-        for layer, layer_weights in enumerate(weights):
-            digest.add(layer_weights.named_tensors(layer))
-            layers.append(build_layer(layer_weights, layer, config, placement))
+        for layer in range(config.num_layers):
+            # Without a name of its own a layer is gone before the next one is read.
+            layers.append(_place_layer(read(layer), layer, digest, config, placement))
             if progress is not None:
                 progress(layer + 1, config.num_layers, f"prefill layers of {name}")
         norm = read_final_norm(reader, placement.dtype)
@@ -194,6 +192,13 @@ def _build(
         decode.stack.cos_sin.to(placement.device),
     )
     return PrefillModule(name, stack, replace(card, name=name), fingerprint, notices)
+
+
+def _place_layer(
+    weights: LayerWeights, layer: int, digest: WeightDigest, config: ModelConfig, placement: Placement
+) -> DecoderLayer:
+    digest.add(weights.named_tensors(layer))
+    return build_layer(weights, layer, config, placement)
 
 
 def _constants(config: ModelConfig) -> str:

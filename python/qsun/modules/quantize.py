@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, cast, get_args
 
@@ -26,6 +26,9 @@ QUANTIZERS: tuple[Quantizer, ...] = get_args(Quantizer)
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 """Called as progress(done, total, what) after each step of a long piece of work."""
+
+LayerSource: TypeAlias = Callable[[int], LayerWeights]
+"""Gives the weights of one layer after the other, by number."""
 
 DENSE_BITS = 16
 """What argument bits calls a module whose weights are not quantised, in whatever dtype they are."""
@@ -96,35 +99,38 @@ def plan_quantization(
     return QuantizationPlan(spec, quantizer, tokens)
 
 
-def decoder_layers(
+def layer_source(
     reader: CheckpointReader, plan: QuantizationPlan | None, placement: Placement, embed_tokens: Tensor
-) -> Iterator[LayerWeights]:
-    """Every layer of the decoder in turn, quantised by `plan` when there is one.
+) -> LayerSource:
+    """What reads the layers of the decoder, quantised by `plan` when there is one.
 
-    One layer's 16-bit weights are held at a time.  embed_tokens: (V, H), the embedding that calibration
-    starts from.  Quantised weights are on placement.device with scales of placement.dtype, the others in host
-    memory.
-    Raises CheckpointError for damage, and for weights that the quantiser cannot represent.
+    The result is called with 0, 1, 2, ... in this order, and holds nothing of a layer once it has returned
+    it: peak memory is one layer.  Quantised weights are on placement.device with scales of placement.dtype,
+    the others in host memory.  embed_tokens: (V, H), the embedding that calibration starts from.
+    It raises CheckpointError for damage, and for weights that the quantiser cannot represent.
     """
     if plan is None:
-        for layer in range(reader.config.num_layers):
-            yield read_layer(reader, layer, placement.dtype)
-        return
-    calibration = (
-        AwqCalibration(reader.config, placement, plan.calibration, embed_tokens)
-        if plan.quantizer == "awq"
-        else None
-    )
-    for layer in range(reader.config.num_layers):
+        return lambda layer: read_layer(reader, layer, placement.dtype)
+    spec = plan.spec
+    if plan.quantizer == "awq":
+        calibration = AwqCalibration(reader.config, placement, plan.calibration, embed_tokens)
+
+        def quantise(layer: int, weights: LayerWeights) -> LayerWeights:
+            return calibration.quantize(layer, weights, spec)
+    else:
+
+        def quantise(layer: int, weights: LayerWeights) -> LayerWeights:
+            return _round_layer(weights, spec, placement)
+
+    def read_and_quantise(layer: int) -> LayerWeights:
         # Quantised from what is stored, not from a rounding of it.
-        weights = read_layer(reader, layer, torch.float32)
+        stored = read_layer(reader, layer, torch.float32)
         try:
-            if calibration is None:
-                yield _round_layer(weights, plan.spec, placement)
-            else:
-                yield calibration.quantize(layer, weights, plan.spec)
+            return quantise(layer, stored)
         except ValueError as error:
             raise CheckpointError(f"{reader.path}: layer {layer} cannot be quantised: {error}") from error
+
+    return read_and_quantise
 
 
 def _round_layer(weights: LayerWeights, spec: QuantSpec, placement: Placement) -> LayerWeights:

@@ -151,3 +151,53 @@ def test_half_precision_error_is_that_of_transformers(tiny, paged, dtype):
     sequence = paged(decode)
     got = torch.cat([sequence.prefill(ids[:24]), *(sequence.step(token) for token in ids[24:])])
     assert (got.double() - expected).norm() <= 2 * theirs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral"])
+def test_gpu_equals_cpu(tiny, paged, kind, bits):
+    """In float32, dense and with low-bit weights; prompts in chunks and single tokens."""
+    path = tiny(kind).path
+    modules = [load_decode_module(path, bits=bits, dtype=torch.float32, device=d) for d in ("cpu", "cuda")]
+    ids = torch.randint(3, 96, (40,), generator=torch.Generator().manual_seed(5)).tolist()
+    logits = []
+    for module in modules:
+        sequence = paged(module)
+        chunks = [sequence.prefill(ids[a:b]) for a, b in ((0, 7), (7, 24))]
+        logits.append(torch.cat([*chunks, *(sequence.step(token) for token in ids[24:])]))
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=5 * TOLERANCE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_captured_step_serves_every_length(tiny, paged, bits):
+    """One CUDA graph of the decode step, replayed with other tokens, positions and lengths."""
+    decode = load_decode_module(tiny("qwen3").path, bits=bits, dtype=torch.bfloat16, device="cuda")
+    ids = list(range(10, 50))
+    eager, replayed = paged(decode), paged(decode)
+    eager.prefill(ids[:10])
+    replayed.prefill(ids[:10])
+    token = torch.tensor([ids[10]], device="cuda")
+    ctx = replayed.step_context()
+
+    def step() -> torch.Tensor:
+        return decode.logits(decode.stack(decode.embed(token), ctx, replayed.cache))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()  # what is set up at a first call is no part of the graph; writes what the replay writes again
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = step()
+    for next_token in ids[10:]:
+        now = replayed.step_context()
+        token.fill_(next_token)
+        ctx.positions.copy_(now.positions)
+        ctx.slot_mapping.copy_(now.slot_mapping)
+        ctx.attention.seq_lens.copy_(now.attention.seq_lens)
+        graph.replay()
+        replayed.length += 1
+        assert torch.equal(logits.cpu(), eager.step(next_token))
