@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from qsun.errors import QsunError
 from qsun_bench import commands
 from qsun_bench.cases import suites
 from qsun_bench.results import ResultsError
@@ -193,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(arguments.run(arguments))
     except commands.UsageError as error:
         parser.error(str(error))
-    except (ResultsError, OSError) as error:
+    except (ResultsError, QsunError, OSError) as error:
         print(f"qsun-bench: {error}", file=sys.stderr)
         return commands.EXIT_INPUT
     except BackendUnavailable as error:

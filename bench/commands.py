@@ -111,7 +111,7 @@ def run_suite(arguments: argparse.Namespace) -> int:
 
 def run_decode(arguments: argparse.Namespace) -> int:
     """Time the whole decode step."""
-    from qsun_bench.decode import BASELINE, NAME, Request, decode_records
+    from qsun_bench.decode import BASELINE, NAME, Request, decode_records, sizes_and_layers
 
     if arguments.layers is not None and arguments.model is not None:
         raise UsageError("--layers: a checkpoint has the layers it has, expected --shape with it")
@@ -133,6 +133,11 @@ def run_decode(arguments: argparse.Namespace) -> int:
         backend=arguments.backend,
         smoke=arguments.smoke,
     )
+    if request.model is None:
+        try:
+            sizes_and_layers(request)
+        except ValueError as error:
+            raise UsageError(f"--layers: {error}") from None
     header = _header(arguments, recording)
     records = []
     for record, note in decode_records(request):
@@ -245,23 +250,13 @@ def write_report(arguments: argparse.Namespace) -> int:
 def explain_wna16(arguments: argparse.Namespace) -> int:
     """Which kernel each backend would use for one matrix product, and what it must read."""
     from qsun_bench.cases.wna16 import Wna16Case
-    from qsun_kernels.backends.dispatch import load_backend, refusal, requested_backend, select
-    from qsun_kernels.backends.problems import BACKENDS
+    from qsun_kernels.ops.explain import explain_rows
     from qsun_kernels.quant import QuantSpec
 
     group = arguments.group_size or (128 if arguments.K % 128 == 0 else 64)
     spec = QuantSpec(cast("Bits", arguments.bits), cast("GroupSize", group), not arguments.asymmetric)
     case = Wna16Case("explain", arguments.M, arguments.N, arguments.K, spec, arguments.dtype)
-    problem = case.problem(arguments.device)
-    chosen = select(problem, requested_backend()).backend
-    rows = []
-    for backend in BACKENDS:
-        reason = refusal(backend, problem)
-        if reason is None:
-            text = load_backend(backend).IMPLEMENTATIONS[case.op].describe(problem)
-        else:
-            text = f"no: {reason}"
-        rows.append((backend, "chosen" if backend == chosen else "", text))
+    rows = [(row.backend, row.status, row.detail) for row in explain_rows(case.problem(arguments.device))]
     title = f"{case.op} M={case.M} N={case.N} K={case.K} {spec} {arguments.dtype} on {arguments.device}"
     tables.show(title, ("backend", "", "kernel"), rows, text_columns=3)
     dense = (case.N * case.K + case.M * (case.N + case.K)) * arguments.dtype.itemsize

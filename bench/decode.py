@@ -32,7 +32,7 @@ from qsun_bench.gate import Verdict, judge
 from qsun_bench.random_model import model_config, random_decode_module
 from qsun_bench.random_weights import weight_bytes
 from qsun_bench.results import Record
-from qsun_bench.shapes import shape
+from qsun_bench.shapes import ModelShape, shape
 from qsun_kernels import use_backend
 from qsun_kernels.backends.problems import BackendName
 from qsun_kernels.quant import Bits, GroupSize, QuantSpec
@@ -156,13 +156,19 @@ def _describe(request: Request, plan: _Plan) -> tuple[str, int, ModelConfig, Qua
         finally:
             reader.close()
         return request.model.stem, config.num_layers, config, stored or _spec(request, config)
+    sizes, layers = sizes_and_layers(request)
+    config = model_config(sizes, layers, plan.longest)
+    return sizes.name, sizes.layers, config, _spec(request, config)
+
+
+def sizes_and_layers(request: Request) -> tuple[ModelShape, int]:
+    """The shape, and how many of its layers are made. Raises ValueError when it has fewer."""
     default = "llama-3.1-8b" if request.device.type == "cuda" and not request.smoke else "smollm2-135m"
     sizes = shape(request.shape or default)
     layers = request.layers or (2 if request.smoke else sizes.layers)
     if layers > sizes.layers:
         raise ValueError(f"layers is {layers}, expected at most {sizes.layers}, those of {sizes.name}")
-    config = model_config(sizes, layers, plan.longest)
-    return sizes.name, sizes.layers, config, _spec(request, config)
+    return sizes, layers
 
 
 def _spec(request: Request, config: ModelConfig) -> QuantSpec | None:

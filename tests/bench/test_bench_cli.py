@@ -55,11 +55,30 @@ def test_json_to_stdout_is_alone_there(capsys: pytest.CaptureFixture[str]) -> No
     assert "of read" in captured.err
 
 
+def test_decode_runs_on_the_cpu(tmp_path: Path) -> None:
+    out = tmp_path / "run.json"
+    options = ["--smoke", "--device", "cpu", "--batch", "1,3", "--context", "20", "--json", str(out)]
+    assert main(["decode", *options]) == 0
+    run = results.load(str(out))
+    assert [(r.backend, r.fields["batch"], r.fields["bits"]) for r in run.records] == [
+        ("torch", 1, 4),
+        ("torch", 3, 4),
+        ("dense", 1, 16),
+        ("dense", 3, 16),
+    ]
+    for record in run.records:
+        assert record.ok and record.us and record.error is not None
+        # A shortened model says so.
+        assert (record.fields["layers"], record.fields["of_layers"]) == (2, 30)
+    quantised, _, dense, _ = run.records
+    assert quantised.bytes < dense.bytes
+
+
 def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "wna16", "1", "256", "512", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "wna16_linear M=1 N=256 K=512 W4 g128 symmetric" in out and "chosen" in out
-    assert "reads and writes 71,168 bytes" in out
+    assert "reads and writes 69,120 bytes" in out
 
 
 @pytest.mark.parametrize(
@@ -74,6 +93,8 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
         (["wna16", "--device", "cpu", "--backend", "marlin"], "got 'marlin', expected some of cuda, "),
         (["wna16", "--device", "cpu", "--commit", "0123456"], "--commit: expected only with --record"),
         (["decode", "--device", "cpu", "--model", "x", "--layers", "2"], "--layers: a checkpoint has"),
+        (["decode", "--device", "cpu", "--dtype", "float32"], "--dtype: the step is judged against float32"),
+        (["decode", "--device", "cpu", "--layers", "31", "--shape", "smollm2-135m"], "expected at most 30"),
         (["compare", "a", "b", "--fail-above", "0.5"], "got '0.5', expected a factor of at least 1"),
     ],
 )

@@ -133,11 +133,14 @@ def _demo(arguments: argparse.Namespace) -> int:
         dtype=torch.bfloat16,
         device=device,
         max_batch_size=max(8, len(questions)),
-        max_model_len=1024,
+        memory="256MiB",  # eleven thousand tokens of this model, a hundred times what is needed
     )
     prefill_bytes = _add_models(engine, {BASE: source, **{task.name: task.path for task in tasks}})
     engine.prepare()
     tell(f"loaded {', '.join(engine.models)} in {time.perf_counter() - begin:.1f} s")
+    tell(
+        "a model of 135 million parameters, shipped in 4 bits and quantised once more: expect simple answers"
+    )
     if not tasks:
         tell("no task modules in examples/prefill_modules: the base model's own weights read every prompt")
     for notice in engine.notices:

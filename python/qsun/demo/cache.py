@@ -31,7 +31,7 @@ class Cached:
 
 
 def cache_root() -> Path:
-    """$XDG_CACHE_HOME/qsun, or ~/.cache/qsun. A relative XDG_CACHE_HOME is ignored, as its specification says."""
+    """$XDG_CACHE_HOME/qsun, or ~/.cache/qsun. A relative XDG_CACHE_HOME counts as none, as specified."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "qsun"
 

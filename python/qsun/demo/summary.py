@@ -1,4 +1,4 @@
-"""What the demo tells at the end: which backend ran what, how fast, in how much memory, how far from the floor."""
+"""What the demo tells at the end: which backend ran what, how fast, and how far from the floor."""
 
 from __future__ import annotations
 
@@ -61,20 +61,28 @@ class Summary:
     def lines(self) -> list[str]:
         """For a reader."""
         width = max(map(len, self.backends))
-        kv = self.bytes_per_token - self.weight_bytes / self.mean_batch
-        modules = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in self.module_bytes.items())
         place = f"{self.device}, {self.threads} threads" if self.device == "cpu" else self.device
+        modules = ", ".join(f"{name} {_megabytes(size)}" for name, size in self.module_bytes.items())
+        weights = _megabytes(self.weight_bytes)
+        kv = _megabytes(self.bytes_per_token - self.weight_bytes / self.mean_batch)
         return [
-            f"on {place}",
+            f"backends on {place}",
             *(f"  {operator:<{width}}  {text}" for operator, text in self.backends.items()),
-            f"{self.tokens} tokens: {self.prefill_s:.1f} s until every answer had begun, then "
-            f"{self.tokens_per_s:.1f} tokens/s ({self.decode_steps} steps, {self.mean_batch:.1f} requests a step)",
-            f"memory: {modules}; KV cache {self.kv_cache_bytes / 1e6:.0f} MB; peak {self.peak_bytes / 1e6:.0f} MB",
-            f"read a token: {self.bytes_per_token / 1e6:.1f} MB ({self.weight_bytes / 1e6:.0f} MB of weights shared by "
-            f"{self.mean_batch:.1f} requests, {kv / 1e6:.1f} MB of KV); one request alone would read all of the weights",
-            f"floor: reading that at the {self.read_gb_s:.1f} GB/s measured here takes {self.floor_ms:.1f} ms a step; "
-            f"a step took {self.step_ms:.1f} ms ({self.floor_ms / self.step_ms:.1%} of the floor's speed)",
+            f"speed    {self.tokens} tokens: {self.prefill_s:.1f} s until every answer had begun, then "
+            f"{self.tokens_per_s:.1f} tokens/s",
+            f"         {self.decode_steps} decode steps of {self.step_ms:.1f} ms, "
+            f"{self.mean_batch:.1f} requests a step",
+            f"memory   {modules}; KV cache {_megabytes(self.kv_cache_bytes)}; "
+            f"peak {_megabytes(self.peak_bytes)}",
+            f"reads    {_megabytes(self.bytes_per_token)} a token: {weights} of weights for "
+            f"{self.mean_batch:.1f} requests, {kv} of KV",
+            f"floor    {self.floor_ms:.1f} ms a step, reading that at the {self.read_gb_s:.1f} GB/s measured "
+            f"here: a step took {self.step_ms / self.floor_ms:.0f} times as long",
         ]
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:.1f} MB" if count < 1e8 else f"{count / 1e6:.0f} MB"
 
 
 def summarise(engine: DecodeEngine, pace: Pace, prefill_bytes: Mapping[str, int]) -> Summary:
