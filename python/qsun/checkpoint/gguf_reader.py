@@ -117,8 +117,8 @@ class GGUFReader:
             return self._stored_names[name]
         except KeyError:
             raise CheckpointError(
-                f"{self.path} has no tensor {name!r}, expected it among the {len(self._stored_names)} that "
-                "it has"
+                f"{self.path} has no tensor {name!r}, "
+                f"expected it among the {len(self._stored_names)} that it has"
             ) from None
 
 

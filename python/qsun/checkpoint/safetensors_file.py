@@ -94,8 +94,8 @@ class SafetensorsFile:
         got = self._file.readinto(buffer)  # type: ignore[attr-defined]
         if got != size:
             raise CheckpointError(
-                f"{self.path}: tensor {name!r} ended after {got} bytes, expected {size} (the file shrank "
-                "while open)"
+                f"{self.path}: tensor {name!r} ended after {got} bytes, "
+                f"expected {size} (the file shrank while open)"
             )
         return torch.frombuffer(buffer, dtype=entry.dtype).view(entry.shape)
 
@@ -127,7 +127,10 @@ class SafetensorsFile:
         raw = self._file.read(size)
         try:
             header = json.loads(raw.decode("utf-8"), object_pairs_hook=self._unique_keys)
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # not UTF-8, not JSON, an integer of thousands of digits
             raise CheckpointError(
                 f"{self.path} has a header that is not JSON ({error}), expected JSON"
             ) from error
@@ -169,8 +172,8 @@ class SafetensorsFile:
         begin, end = offsets
         if not begin <= end <= data_bytes:
             raise CheckpointError(
-                f"{where} has data_offsets {offsets}, expected begin <= end <= {data_bytes}, the bytes of "
-                "data there are"
+                f"{where} has data_offsets {offsets}, "
+                f"expected begin <= end <= {data_bytes}, the bytes of data there are"
             )
         expected = math.prod(shape) * dtype.itemsize
         if end - begin != expected:
@@ -190,8 +193,8 @@ class SafetensorsFile:
                 )
             if entry.begin > position:
                 raise CheckpointError(
-                    f"{self.path}: tensor {name!r} starts at byte {entry.begin}, expected byte {position}, "
-                    f"where {previous!r} ends"
+                    f"{self.path}: tensor {name!r} starts at byte {entry.begin}, "
+                    f"expected byte {position}, where {previous!r} ends"
                 )
             position, previous = entry.end, name
         if position != data_bytes:

@@ -85,8 +85,8 @@ class SafetensorsReader:
             return self._stored_names[name]
         except KeyError:
             raise CheckpointError(
-                f"{self.path} has no tensor {name!r}, expected it among the {len(self._stored_names)} that "
-                "it has"
+                f"{self.path} has no tensor {name!r}, "
+                f"expected it among the {len(self._stored_names)} that it has"
             ) from None
 
     def _open_files(self) -> dict[str, SafetensorsFile]:
@@ -120,14 +120,13 @@ class SafetensorsReader:
             for name in file.entries:
                 if name in where:
                     raise CheckpointError(
-                        f"tensor {name!r} is in {where[name].path} and in {file.path}, expected it in one of "
-                        "them"
+                        f"tensor {name!r} is in {where[name].path} and in {file.path}, "
+                        "expected it in one of them"
                     )
                 if promised.get(name) != shard:
                     raise CheckpointError(
-                        f"{file.path} holds tensor {name!r}, expected it in "
-                        f"{promised.get(name, 'no file')!r} "
-                        f"by {INDEX_FILE}"
+                        f"{file.path} holds tensor {name!r}, "
+                        f"expected it in {promised.get(name, 'no file')!r} by {INDEX_FILE}"
                     )
                 where[name] = file
         for name, shard in promised.items():

@@ -68,7 +68,10 @@ def read_vocabulary(path: Path) -> dict[int, str] | None:
         ]
     else:
         raise fields.error("model.vocab", type(vocab).__name__, "an object or a list")
-    for entry in fields.raw("added_tokens", []):
+    added = fields.raw("added_tokens", [])
+    if not isinstance(added, list):
+        raise fields.error("added_tokens", added, "a list of objects")
+    for entry in added:
         if not isinstance(entry, dict):
             raise fields.error("added_tokens", entry, "a list of objects")
         pairs.append((entry.get("content"), entry.get("id")))

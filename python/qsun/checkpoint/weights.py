@@ -37,8 +37,7 @@ _IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
 def check_names(reader: CheckpointReader) -> None:
-    """Raise CheckpointError unless the checkpoint holds every tensor of the decoder and none of another
-    model.
+    """Raise CheckpointError unless the checkpoint holds the decoder's tensors, all of them and no others.
 
     A tensor that would be ignored is a weight that its author meant to matter: a bias that the configuration
     denies, a layer past the last.  The embedding and lm_head may be absent here; a decode module asks for
@@ -55,9 +54,9 @@ def check_names(reader: CheckpointReader) -> None:
     unknown = sorted(name for name in present - required - optional if _IGNORED.fullmatch(name) is None)
     if unknown:
         raise CheckpointError(
-            f"{reader.path} holds tensor {unknown[0]!r}{_more(unknown)}, expected only tensors of a "
-            f"{reader.config.architecture} model of {reader.config.num_layers} layers as its configuration "
-            "describes it"
+            f"{reader.path} holds tensor {unknown[0]!r}{_more(unknown)}, "
+            f"expected only tensors of a {reader.config.architecture} model of "
+            f"{reader.config.num_layers} layers as its configuration describes it"
         )
 
 
@@ -88,19 +87,20 @@ def read_embedding(reader: CheckpointReader, dtype: torch.dtype | None) -> Tenso
     return read_dense(reader, EMBED_TOKENS, _vocabulary_shape(reader.config), dtype)
 
 
-def read_lm_head(reader: CheckpointReader, embed_tokens: Tensor, dtype: torch.dtype) -> Tensor:
+def read_lm_head(reader: CheckpointReader, embed_tokens: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The lm_head (vocab_size, hidden_size): its own tensor, or `embed_tokens` itself when the two are tied.
 
+    embed_tokens: (vocab_size, hidden_size) in `dtype`, None when the checkpoint brings none.
     Raises CheckpointError when the configuration says that they are tied and the file holds another lm_head.
     """
-    if not reader.config.tie_word_embeddings:
+    if not reader.config.tie_word_embeddings or embed_tokens is None:
         return read_dense(reader, LM_HEAD, _vocabulary_shape(reader.config), dtype)
     if LM_HEAD in reader.names():
         stored = read_dense(reader, LM_HEAD, _vocabulary_shape(reader.config), dtype)
-        if not torch.equal(stored, embed_tokens.to(dtype)):
+        if not torch.equal(stored, embed_tokens):
             raise CheckpointError(
-                f"{reader.path}: {LM_HEAD} differs from {EMBED_TOKENS}, expected equality because "
-                "tie_word_embeddings is true"
+                f"{reader.path}: {LM_HEAD} differs from {EMBED_TOKENS}, "
+                "expected equality because tie_word_embeddings is true"
             )
     return embed_tokens
 
@@ -111,8 +111,8 @@ def read_dense(
     """A floating-point tensor of that shape, rounded to `dtype` (None: as stored), every value finite."""
     if name in reader.names() and reader.shape(name) != shape:
         raise CheckpointError(
-            f"{reader.path}: tensor {name!r} has shape {reader.shape(name)}, expected {shape} by the "
-            "configuration"
+            f"{reader.path}: tensor {name!r} has shape {reader.shape(name)}, "
+            f"expected {shape} by the configuration"
         )
     stored = reader.get(name)
     if stored.dtype not in DENSE_DTYPES:
@@ -125,9 +125,8 @@ def read_dense(
         bad = (~torch.isfinite(tensor)).nonzero()[0]
         index = tuple(int(i) for i in bad)
         raise CheckpointError(
-            f"{reader.path}: tensor {name!r} is {float(stored[index])!r} at {index}, expected a finite "
-            "number "
-            f"that {tensor.dtype} can hold"
+            f"{reader.path}: tensor {name!r} is {float(stored[index])!r} at {index}, "
+            f"expected a finite number that {tensor.dtype} can hold"
         )
     return tensor
 
@@ -151,8 +150,8 @@ def _read_projection(
         raise CheckpointError(f"{reader.path}: {error}") from error
     if shape != (weight.N, weight.K):
         raise CheckpointError(
-            f"{reader.path}: {path} is a packed weight of (N, K) = {(weight.N, weight.K)}, expected {shape} "
-            "by the configuration"
+            f"{reader.path}: {path} is a packed weight of (N, K) = {(weight.N, weight.K)}, "
+            f"expected {shape} by the configuration"
         )
     return Projection(weight, bias)
 

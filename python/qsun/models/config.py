@@ -19,6 +19,9 @@ WEIGHT_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bf
 MAX_LAYERS = 4096
 """Ten times the deepest model there is; checked before anything is made a layer at a time."""
 
+MAX_POSITIONS = 1 << 24
+"""Sixteen times the longest context there is: the rotary table has a row for every position."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
@@ -71,6 +74,12 @@ class ModelConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} is {value!r}, expected an integer of at least 1")
+        if self.num_layers > MAX_LAYERS or self.max_position_embeddings > MAX_POSITIONS:
+            raise ValueError(
+                f"num_layers is {self.num_layers} and max_position_embeddings "
+                f"{self.max_position_embeddings}, "
+                f"expected at most {MAX_LAYERS} and {MAX_POSITIONS}"
+            )
         if self.num_q_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_q_heads is {self.num_q_heads}, expected a multiple of {self.num_kv_heads} KV heads"

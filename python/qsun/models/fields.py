@@ -16,6 +16,9 @@ MAX_JSON_BYTES = 256 * 1024 * 1024
 MAX_INTEGER = 2**31 - 1
 """No size or token id of a model is larger; what is larger is damage."""
 
+MAX_NUMBER = 10**300
+"""What an integer may reach where a number is expected."""
+
 _MISSING = object()
 
 
@@ -31,7 +34,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}), expected a JSON file") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, an integer of thousands of digits
         raise CheckpointError(f"{path} is not JSON ({error}), expected a JSON object") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, expected an object")
@@ -76,7 +79,9 @@ class Fields:
     def number(self, name: str, default: object = _MISSING) -> float:
         """A finite number."""
         value = self._get(name, default, "a finite number")
-        if type(value) not in (int, float) or not math.isfinite(value):
+        # An integer may be too large for a float, which math.isfinite does not survive.
+        too_large = type(value) is int and abs(value) > MAX_NUMBER
+        if type(value) not in (int, float) or too_large or not math.isfinite(value):
             raise self.error(name, value, "a finite number")
         return float(value)
 

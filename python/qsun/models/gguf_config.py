@@ -59,6 +59,8 @@ def model_config_from_gguf(
         if value != head_dim:
             raise UnsupportedModel(f"{source}: {name}.{entry} is {value}, expected the head size {head_dim}")
     tokens = fields.raw("tokenizer.ggml.tokens", [])
+    if not isinstance(tokens, list):
+        raise fields.error("tokenizer.ggml.tokens", tokens, "a list of tokens")
     bos, eos = "tokenizer.ggml.bos_token_id", ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
     try:
         return ModelConfig(
@@ -100,8 +102,8 @@ def _rope(
     if frequency_factors is not None:
         if kind != "none":
             raise UnsupportedModel(
-                f"{fields.source}: rope_freqs.weight stands beside {prefix}scaling.type {kind!r}, expected "
-                "one of them"
+                f"{fields.source}: rope_freqs.weight stands beside {prefix}scaling.type {kind!r}, "
+                "expected one of them"
             )
         return rope_from_frequency_factors(theta, frequency_factors, head_dim, fields.source)
     values: dict[str, Any] = {"rope_theta": theta, "rope_type": "default" if kind == "none" else kind}

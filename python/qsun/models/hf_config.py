@@ -53,6 +53,7 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "partial_rotary_factor": (1, 1.0),
         "is_encoder_decoder": (False,),
         "use_mrope": (False,),
+        "rope_interleaved": (False,),
         "no_rope_layers": (),
         "dual_chunk_attention_config": (),
         "attention_chunk_size": (),

@@ -45,6 +45,9 @@ def rope_from_fields(fields: Fields, max_positions: int) -> RopeParameters:
             f"{fields.source}: rope_type is {kind!r}, expected one of {', '.join(get_args(RopeKind))}"
         )
     values = {name: fields.raw(name) for name in fields.names()}
+    for name, value in values.items():
+        if type(value) in (int, float):
+            fields.number(name)
     try:
         return RopeParameters.from_mapping(values, max_position_embeddings=max_positions)
     except (TypeError, ValueError) as error:

@@ -64,7 +64,8 @@ class _Observed:
 class AwqCalibration:
     """Carries the calibration set's activations from layer to layer.
 
-    sequences: token ids, each sequence attending to itself.  embed_tokens: (V, H) in placement.dtype.
+    sequences: token ids, each sequence attending to itself.  embed_tokens: (V, H) in placement.dtype, on
+        the host or on placement.device.
     Memory: the hidden states of all tokens, and the activations and KV of one layer and one sequence.
     """
 
@@ -78,7 +79,9 @@ class AwqCalibration:
         self._config = config
         self._placement = placement
         self._hidden = [
-            functional.embedding(torch.tensor(sequence), embed_tokens).to(placement.device)
+            functional.embedding(torch.tensor(sequence, device=embed_tokens.device), embed_tokens).to(
+                placement.device
+            )
             for sequence in sequences
         ]
         longest = max(len(sequence) for sequence in sequences)

@@ -153,6 +153,6 @@ def check_card_fits_checkpoint(
     own = DecoderFingerprint.of(config, tokenizer, card.decoder.base)
     for name, stated, actual in card.decoder.differences(own):
         raise CheckpointError(
-            f"{source / CARD_FILE}: decoder.{name} is {stated!r}, expected {actual!r} as in the files beside "
-            "it"
+            f"{source / CARD_FILE}: decoder.{name} is {stated!r}, "
+            f"expected {actual!r} as in the files beside it"
         )

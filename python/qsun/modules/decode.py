@@ -17,7 +17,7 @@ from qsun.layers.norm import RMSNorm
 from qsun.models.build import Placement, build_layer
 from qsun.models.config import WEIGHT_DTYPES, ModelConfig
 from qsun.models.decoder import DecoderLayer, DecoderStack
-from qsun.models.weights import LayerWeights
+from qsun.models.weights import LayerWeights, is_finite
 from qsun.modules.card import DecoderFingerprint, ModuleCard, check_card_fits_checkpoint
 from qsun.modules.digest import base_digest, vocabulary_digest
 from qsun.modules.quantize import Progress, Quantizer, layer_source, plan_quantization
@@ -148,6 +148,11 @@ def load_decode_module(
                 progress(layer + 1, config.num_layers, "decode layers")
         norm = RMSNorm(read_final_norm(reader, placement.dtype).to(placement.device), config.rms_norm_eps)
         table = rope_cache(config.rope, config.head_dim, config.max_position_embeddings, placement.device)
+        if not is_finite(table):
+            raise CheckpointError(
+                f"{reader.path}: {config.rope} gives angles that are not finite, expected ones that float32 "
+                "holds"
+            )
         stored = None if reader.quantization is None else reader.quantization.spec
         return DecodeModule(
             reader.path,

@@ -1,5 +1,4 @@
-"""LoRA adapters in PEFT's format, merged into the 16-bit base: W + scale * B @ A (Hu et al. 2021, equation
-3).
+"""LoRA adapters in PEFT's format, merged into the base: W + scale * B @ A (Hu et al. 2021, equation 3).
 
 scale is alpha / r, or alpha / sqrt(r) with use_rslora (Kalajdzievski 2023).  The merge is computed in float32
 and rounded once.  What the adapter asks for beyond that is refused by name: silently leaving it out would
@@ -105,8 +104,8 @@ class LoraConfig:
         init = fields.raw("init_lora_weights", True)
         if init not in _PLAIN_INITS:
             raise UnsupportedModel(
-                f"{path}: init_lora_weights is {init!r}, expected one that leaves the base weights as they "
-                "are"
+                f"{path}: init_lora_weights is {init!r}, "
+                "expected one that leaves the base weights as they are"
             )
         shared = fields.strings("modules_to_save", ())
         for name in shared:
@@ -157,11 +156,14 @@ class LoraConfig:
         layers = self.fields.raw("layers_to_transform")
         if layers is None or layers == []:
             return True
+        numbers = layers if isinstance(layers, list) else [layers]
+        if not all(type(number) is int for number in numbers):
+            raise self.fields.error("layers_to_transform", layers, "an integer or a list of integers")
         pattern = self.fields.raw("layers_pattern")
         if pattern not in (None, "", [], "layers", ["layers"]):
             raise UnsupportedModel(f"{self.fields.source}: layers_pattern is {pattern!r}, expected 'layers'")
         found = re.search(r"(?:^|\.)layers\.(\d+)\.", module)
-        return found is not None and int(found.group(1)) in (layers if isinstance(layers, list) else [layers])
+        return found is not None and int(found.group(1)) in numbers
 
     def _by_pattern(self, field: str, patterns: Mapping[str, Any], module: str, default: Any) -> Any:
         if not isinstance(patterns, Mapping):
@@ -228,8 +230,7 @@ class LoraAdapter:
             if not tensor.is_floating_point() or not is_finite(tensor.float()):
                 raise CheckpointError(
                     f"{self._file.path}: tensor {key!r} ({tensor.dtype}) has values that are not finite, "
-                    "expected "
-                    "finite floating-point numbers"
+                    "expected finite floating-point numbers"
                 )
             pair.append(tensor.float())
         return (pair[1] @ pair[0]) * self.lora.rank_and_scale(module)[1]
@@ -259,15 +260,13 @@ class LoraAdapter:
         for module in ("model.embed_tokens", "lm_head"):
             if self.lora.targets(module):
                 raise UnsupportedModel(
-                    f"{self.lora.fields.source}: target_modules match {module!r}, expected projections of "
-                    "the layers "
-                    "only: embedding and lm_head belong to the decode module"
+                    f"{self.lora.fields.source}: target_modules match {module!r}, expected "
+                    "projections of the layers only: embedding and lm_head belong to the decode module"
                 )
         if not expected:
             raise IncompatibleModule(
-                f"{self.lora.fields.source}: target_modules {self.lora.fields.raw('target_modules')!r} match "
-                "nothing in "
-                f"the base, expected some of {', '.join(PROJECTIONS)}"
+                f"{self.lora.fields.source}: target_modules {self.lora.fields.raw('target_modules')!r} "
+                f"match nothing in the base, expected some of {', '.join(PROJECTIONS)}"
             )
         for module in pairs:
             if module not in expected:
@@ -293,8 +292,8 @@ class LoraAdapter:
             shape, wanted = pair[side], (rank, K) if side == "A" else (N, rank)
             if len(shape) != 2 or shape[0 if side == "A" else 1] != rank:
                 raise CheckpointError(
-                    f"{self._file.path}: tensor {key!r} has shape {shape}, expected {wanted} for the rank "
-                    f"{rank} stated"
+                    f"{self._file.path}: tensor {key!r} has shape {shape}, "
+                    f"expected {wanted} for the rank {rank} stated"
                 )
             if shape != wanted:
                 raise IncompatibleModule(

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,8 +35,6 @@ from qsun.modules.digest import WeightDigest, vocabulary_digest
 from qsun.modules.lora import ADAPTER_CONFIG, LoraAdapter
 from qsun.modules.quantize import LayerSource, Progress
 from qsun_kernels.backends.problems import BackendName
-
-SharedPart = Literal["embed_tokens", "lm_head"]
 
 
 class PrefillModule:
@@ -81,7 +78,7 @@ def load_prefill_module(
     *,
     base_path: Path | str,
     decode: DecodeModule,
-    dtype: torch.dtype | str | None = None,
+    dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     backend: BackendName | None = None,
     first_token: FirstToken | None = None,
@@ -90,11 +87,9 @@ def load_prefill_module(
     """Read a prefill module and check that it fits the decode module.
 
     path: None takes the base's own weights; a directory with adapter_config.json is a LoRA adapter, merged
-    into
-        the base; any other directory, or a GGUF file, is a full checkpoint.
+        into the base; any other directory, or a GGUF file, is a full checkpoint.
     base_path: the 16-bit checkpoint that the decode module was made of.
-    dtype, device: the decode module's own by default.  backend: of low-bit weights, should the checkpoint
-    have such.
+    dtype, device: the decode module's own by default.  backend: of low-bit weights, if there are any.
     first_token: the convention to run under; None is the module card's, or "decode" without a card.
     progress: called with (layers done, layers in all, what is being done).
 
@@ -166,9 +161,8 @@ def _build(
 ) -> PrefillModule:
     if first_token is not None and first_token != card.first_token:
         raise IncompatibleModule(
-            f"prefill module {name!r}: first_token is {first_token!r}, expected {card.first_token!r}, the "
-            "convention "
-            "that its module card says it was trained with"
+            f"prefill module {name!r}: first_token is {first_token!r}, "
+            f"expected {card.first_token!r}, the convention that its module card says it was trained with"
         )
     notices = _compare_shared_parts(name, shared_parts, decode)
     if reader.quantization is not None:
@@ -275,10 +269,9 @@ def _shared_parts(reader: CheckpointReader, decode: DecodeModule) -> dict[str, T
     parts: dict[str, Tensor] = {}
     if EMBED_TOKENS in names:
         parts["embed_tokens"] = read_embedding(reader, decode.dtype)
-    if reader.config.tie_word_embeddings and "embed_tokens" in parts:
-        parts["lm_head"] = read_lm_head(reader, parts["embed_tokens"], decode.dtype)
-    elif LM_HEAD in names:
-        parts["lm_head"] = read_lm_head(reader, parts.get("embed_tokens", torch.empty(0)), decode.dtype)
+    embed_tokens = parts.get("embed_tokens")
+    if LM_HEAD in names or (reader.config.tie_word_embeddings and embed_tokens is not None):
+        parts["lm_head"] = read_lm_head(reader, embed_tokens, decode.dtype)
     return parts
 
 
@@ -289,17 +282,15 @@ def _compare_shared_parts(name: str, parts: Mapping[str, Tensor], decode: Decode
         ours = (decode.embed_tokens if part == "embed_tokens" else decode.lm_head).cpu()
         if theirs.shape != ours.shape:
             raise IncompatibleModule(
-                f"prefill module {name!r}: {part} has shape {tuple(theirs.shape)}, expected "
-                f"{tuple(ours.shape)} "
-                "like the decode module's"
+                f"prefill module {name!r}: {part} has shape {tuple(theirs.shape)}, "
+                f"expected {tuple(ours.shape)} like the decode module's"
             )
         if torch.equal(theirs.to(ours.dtype), ours):
             continue
         rows, largest = _difference(theirs, ours)
         notices.append(
-            f"{name}: its {part} differs from the decode module's in {rows} of {ours.shape[0]} rows, by at "
-            "most "
-            f"{largest:.3g}; the decode module's is used, for it belongs there and is frozen"
+            f"{name}: its {part} differs from the decode module's in {rows} of {ours.shape[0]} rows, "
+            f"by at most {largest:.3g}; the decode module's is used, for it belongs there and is frozen"
         )
         warnings.warn(notices[-1], SharedPartsWarning, stacklevel=4)
     return tuple(notices)

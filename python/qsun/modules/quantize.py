@@ -81,9 +81,8 @@ def plan_quantization(
         ):
             if wanted is not None and wanted != actual:
                 raise CheckpointError(
-                    f"{reader.path} is quantised already ({describe(reader.quantization)}): {name} is "
-                    f"{wanted!r}, "
-                    f"expected {actual!r} or None to take it as it is"
+                    f"{reader.path} is quantised already ({describe(reader.quantization)}): "
+                    f"{name} is {wanted!r}, expected {actual!r} or None to take it as it is"
                 )
         return None
     if bits is None or bits == DENSE_BITS:
@@ -159,6 +158,6 @@ def _check_calibration(tokens: tuple[tuple[int, ...], ...], config: ModelConfig)
         for token in sequence:
             if type(token) is not int or not 0 <= token < config.vocab_size:
                 raise ValueError(
-                    f"calibration[{index}] has token {token!r}, expected integers in "
-                    f"0..{config.vocab_size - 1}"
+                    f"calibration[{index}] has token {token!r}, "
+                    f"expected integers in 0..{config.vocab_size - 1}"
                 )

@@ -59,6 +59,7 @@ HEADERS = [
     ("not json", b"{'a': 1}", b"", "header that is not JSON .* expected JSON"),
     ("not text", b"\xff\xfe{}", b"", "header that is not JSON"),
     ("deep", b"[" * 200000, b"", "header that is not JSON"),
+    ("digits", b'{"a": ' + b"9" * 5000 + b"}", b"", "header that is not JSON"),
     (
         "twice",
         b'{"a": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}, "a": {}}',

@@ -212,6 +212,10 @@ CONFIG_LIES = {
     "vocabulary": ({"vocab_size": 97}, "'model.embed_tokens.weight' has shape (96, 64), expected (97, 64)"),
     "heads": ({"num_key_value_heads": 4}, "k_proj.weight' has shape (32, 64), expected (64, 64)"),
     "width": ({"intermediate_size": 128}, "gate_proj.weight' has shape (96, 64), expected (128, 64)"),
+    "angles": (
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 1e-300}},
+        "gives angles that are not finite",
+    ),
     "bias": ({"attention_bias": True}, "has no tensor 'model.layers.0.self_attn.k_proj.bias'"),
     "tied": (
         {"tie_word_embeddings": True},
@@ -240,6 +244,7 @@ JSON_DAMAGE = {
     "a list": (b"[]", "holds a JSON list, expected an object"),
     "cut": (b'{"model_type": "llama', "is not JSON"),
     "deep": (b"[" * 200000, "is not JSON"),
+    "a number of 5000 digits": (b'{"vocab_size": ' + b"9" * 5000 + b"}", "is not JSON"),
 }
 
 

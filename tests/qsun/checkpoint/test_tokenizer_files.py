@@ -63,6 +63,10 @@ DAMAGE = {
         {"model": {"vocab": {}}, "added_tokens": ["x"]},
         "added_tokens is 'x', expected a list of",
     ),
+    "added tokens a number": (
+        {"model": {"vocab": {}}, "added_tokens": 5},
+        "added_tokens is 5, expected a list of",
+    ),
     "added token takes an id": (
         {"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 0, "content": "b"}]},
         "id 0 is 'a' and 'b', expected one token an id",

@@ -157,6 +157,7 @@ LIES = [
         "layer_norm_rms_epsilon is inf, expected a finite number",
     ),
     ({"tokenizer.ggml.eos_token_id": 50}, "special token 50 is outside the vocabulary of 50"),
+    ({"tokenizer.ggml.tokens": 50}, "tokenizer.ggml.tokens is 50, expected a list of tokens"),
     ({"llama.vocab_size": ...}, "llama.vocab_size is None, expected an integer"),
 ]
 

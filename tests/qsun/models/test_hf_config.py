@@ -161,6 +161,7 @@ UNSUPPORTED = [
     ),
     ({"num_local_experts": 8}, "num_local_experts is 8, expected 0"),
     ({"num_experts": 64}, "num_experts is 64, expected 0"),
+    ({"rope_interleaved": True}, "rope_interleaved is True, expected False"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, expected 1"),
     (
@@ -213,6 +214,13 @@ LIES = [
     ({"rope_theta": 0.0}, "theta is 0.0, expected a positive finite number"),
     ({"rope_theta": "big"}, "theta is 'big', expected a number"),
     ({"rope_scaling": {"type": "linear"}}, r"lacks \['factor'\]"),
+    ({"rope_theta": 10**400}, "rope_theta is 10+, expected a finite number"),
+    ({"rms_norm_eps": 10**400}, "rms_norm_eps is 10+, expected a finite number"),
+    (
+        {"max_position_embeddings": 2**30},
+        "max_position_embeddings 1073741824, expected at most 4096 and 16777216",
+    ),
+    ({"rope_scaling": {"type": ["linear"]}}, r"rope_type is \['linear'\], expected a string"),
     ({"rope_scaling": ["linear", 2.0]}, "rope_scaling is .*, expected an object"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0, "alpha": 1.0}}, r"unknown keys \['alpha'\]"),
     ({"eos_token_id": 96}, "special token 96 is outside the vocabulary of 96"),

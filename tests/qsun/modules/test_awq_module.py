@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qsun.modules.decode import load_decode_module
+from qsun.modules.export import export_quantized
 
 GENERATOR = torch.Generator().manual_seed(5)
 CALIBRATION = [torch.randint(3, 96, (length,), generator=GENERATOR).tolist() for length in (50, 7, 33, 64)]
@@ -130,3 +131,21 @@ def test_awq_repeats_bit_for_bit(outliers):
         assert torch.equal(a.mlp_norm.weight, b.mlp_norm.weight)
         for x, y in zip(a.mlp.gate_up.weight.tensors, b.mlp.gate_up.weight.tensors, strict=True):
             assert torch.equal(x, y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantizer", ["rtn", "awq"])
+def test_a_gpu_quantises_like_the_cpu(outliers, paged, quantizer, tmp_path):
+    """Loaded and exported on a GPU; sums in another order may turn a few codes of AWQ's search."""
+    arguments = {"bits": 4, "group_size": 32, "dtype": torch.float32, "quantizer": quantizer}
+    if quantizer == "awq":
+        arguments["calibration"] = CALIBRATION
+    exact = logits(paged, load_decode_module(outliers, dtype=torch.float32, device="cpu"))
+    on_cpu = logits(paged, load_decode_module(outliers, device="cpu", **arguments))
+    on_gpu = logits(paged, load_decode_module(outliers, device="cuda", **arguments))
+    if quantizer == "rtn":
+        torch.testing.assert_close(on_gpu, on_cpu, rtol=0, atol=1e-3)
+    assert (on_gpu - exact).norm() < 1.2 * (on_cpu - exact).norm()
+    export_quantized(outliers, tmp_path / "q", device="cuda", **arguments)
+    exported = logits(paged, load_decode_module(tmp_path / "q", device="cuda"))
+    torch.testing.assert_close(exported, on_gpu, rtol=0, atol=1e-3)

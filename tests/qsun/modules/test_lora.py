@@ -215,6 +215,10 @@ CONFIG_DAMAGE = {
         {"rank_pattern": {"q_proj": "4"}},
         "rank_pattern is '4', expected integers of at least 1",
     ),
+    "layers text": (
+        {"layers_to_transform": "0"},
+        "layers_to_transform is '0', expected an integer or a list",
+    ),
     "no type": ({"peft_type": ...}, "peft_type is missing, expected a string"),
 }
 
