@@ -1,13 +1,15 @@
-// Stands in for the CUDA runtime so that the sources in csrc, unchanged, compile with a C++ compiler and their kernels
-// run on the CPU: one block after another, every CUDA thread a fiber that runs until it must wait for others.
+// Stands in for the CUDA runtime so that the sources in csrc, unchanged, compile with a C++ compiler and
+// their kernels run on the CPU: one block after another, every CUDA thread a fiber that runs until it must
+// wait for others.
 //
-// What it shows that a GPU would: wrong indices, missing barriers (the order of fibers is a setting), lanes that miss a
-// shuffle, shared memory read before it is written (it is filled with NaN before every block). What it cannot show:
-// races between warps inside one stretch without barriers, alignment faults, anything about speed.
+// What it shows that a GPU would: wrong indices, missing barriers (the order of fibers is a setting), lanes
+// that miss a shuffle, shared memory read before it is written (it is filled with NaN before every block).
+// What it cannot show: races between warps inside one stretch without barriers, alignment faults, anything
+// about speed.
 #pragma once
 
-// The toolkit's own types, before its keywords lose their meaning. No function of it is called: what csrc uses is
-// defined in emulator.cpp.
+// The toolkit's own types, before its keywords lose their meaning. No function of it is called: what csrc
+// uses is defined in emulator.cpp.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
@@ -37,8 +39,9 @@ extern dim3 blockDim, gridDim;
 
 namespace emulator {
 
-void barrier();                                        // waits for every thread of the block
-void exchange(const void* mine, void* theirs, unsigned size, unsigned mask, int partner);  // between lanes of a warp
+void barrier();  // waits for every thread of the block
+void exchange(const void* mine, void* theirs, unsigned size, unsigned mask,
+              int partner);  // between lanes of a warp
 [[noreturn]] void trap();
 void run_grid(dim3 grid, dim3 block, const std::function<void()>& kernel);
 

@@ -1,5 +1,6 @@
-// The scheduler of the emulated GPU. QSUN_EMULATOR_ORDER picks which fiber goes first between two barriers: forward
-// (default), reverse, or a number that seeds a random order. A kernel that is right gives the same bits for all.
+// The scheduler of the emulated GPU. QSUN_EMULATOR_ORDER picks which fiber goes first between two barriers:
+// forward (default), reverse, or a number that seeds a random order. A kernel that is right gives the same
+// bits for all.
 #include <cuda_runtime.h>
 #include <ucontext.h>
 
@@ -128,7 +129,8 @@ void run_block(int count) {
                                       [](const Fiber& fiber) { return fiber.state == State::kDone; });
     if (all_done) return;
     if (!ran) {
-      failure = "threads of a block wait for threads that will not come (a shuffle or barrier not reached by all)";
+      failure =
+          "threads of a block wait for threads that will not come (a shuffle or barrier not reached by all)";
       return;
     }
   }
@@ -208,16 +210,28 @@ const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorInvalidConfiguration ? "invalid grid or block" : emulator::failure.c_str();
 }
 
-// A GPU of four multiprocessors: small problems then fill it, and take the paths that large ones take on a large GPU.
+// A GPU of four multiprocessors: small problems then fill it, and take the paths that large ones take on a
+// large GPU.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (device != 0) return cudaErrorInvalidDevice;
   switch (attribute) {
-    case cudaDevAttrComputeCapabilityMajor: *value = 8; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
-    case cudaDevAttrMultiProcessorCount: *value = 4; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 166912; break;
-    case cudaDevAttrL2CacheSize: *value = 1 << 20; break;
-    default: return cudaErrorInvalidValue;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 8;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = 0;
+      break;
+    case cudaDevAttrMultiProcessorCount:
+      *value = 4;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = 166912;
+      break;
+    case cudaDevAttrL2CacheSize:
+      *value = 1 << 20;
+      break;
+    default:
+      return cudaErrorInvalidValue;
   }
   return cudaSuccess;
 }

@@ -1,0 +1,24 @@
+"""compute-sanitizer over every kernel instance: no access outside a tensor, no race in shared memory."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SUITE = Path(__file__).resolve().parent / "sanitizer_suite.py"
+TOOL = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("check", ("memcheck", "racecheck", "synccheck"))
+def test_the_sanitizer_finds_nothing(check) -> None:
+    if TOOL is None:
+        pytest.skip("needs compute-sanitizer (PATH or /usr/local/cuda/bin)")
+    command = [TOOL, "--tool", check, "--error-exitcode", "9", sys.executable, str(SUITE)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
+    assert " 0 wrong" in done.stdout, done.stdout
