@@ -64,13 +64,15 @@ bench: $(STAMP)
 	$(BIN)/qsun-bench attention
 	$(BIN)/qsun-bench decode
 
+# In parallel where pytest-xdist is; a test on the GPU is mostly launches and compilation on the host.
+GPU_PYTEST = $(PYTHON) -m pytest $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 6 --dist loadgroup")
 gpu-check:
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --no-index -e .
 	$(PYTHON) -m qsun_kernels
-	$(PYTHON) -m pytest -m gpu
-	$(PYTHON) -m pytest -m "triton and not slow"
+	$(GPU_PYTEST) -m "not slow"
 	$(PYTHON) -m qsun_bench wna16 --smoke
 	$(PYTHON) -m qsun_bench attention --smoke
+	$(PYTHON) -m qsun_bench decode --smoke
 
 clean:
 	rm -rf build dist *.egg-info qsun_kernels/_C*.so qsun_kernels/libqsun.so qsun_kernels/_build_info.json
