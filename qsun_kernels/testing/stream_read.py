@@ -10,19 +10,39 @@ figure needs no compiler and no built extension.
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 _THREADS = 512
-_BLOCKS_PER_SM = 4
 _LOADS = 8
 _VECTOR_BYTES = 16
 
 
+@dataclass(frozen=True, slots=True)
+class ReadPattern:
+    """How the threads walk over the buffer; which one is fastest differs from chip to chip.
+
+    blocks_per_sm: of 512 threads each.
+    block_contiguous: the eight loads of a loop are neighbours of the block's own (64 KiB a block and loop),
+    else
+        the whole grid reads one row of vectors after the other.
+    """
+
+    blocks_per_sm: int
+    block_contiguous: bool
+
+
+PATTERNS = tuple(ReadPattern(blocks, contiguous) for contiguous in (True, False) for blocks in (1, 2, 4))
+
+
 def _ptx() -> str:
-    """Thread t of T adds up the vectors t, t + T, t + 2T, ...; the count is a multiple of T * _LOADS."""
+    """The kernel: thread t of block b adds up the vectors b * block_stride + t + i * load_stride for i in 0..7.
+
+    Then those `step` further on, and so forth up to `vectors`, a multiple of step.
+    """
     registers = [tuple(f"%v{4 * i + j}" for j in range(4)) for i in range(_LOADS)]
     body = []
     for i, vector in enumerate(registers):
@@ -35,26 +55,30 @@ def _ptx() -> str:
 .version 7.4
 .target sm_80
 .address_size 64
-.visible .entry stream_read(.param .u64 base, .param .u64 vectors, .param .u64 sums)
+.visible .entry stream_read(
+  .param .u64 base, .param .u64 vectors, .param .u64 sums, .param .u32 block_stride, .param .u32 load_stride)
 {{
   .reg .pred %done;
-  .reg .u32 %block, %blocks, %thread, %threads, %total, %sum;
+  .reg .u32 %block, %blocks, %thread, %threads, %total, %sum, %between, %apart;
   .reg .u32 %v<{4 * _LOADS}>;
-  .reg .u64 %index, %count, %step, %stride, %address, %base, %out, %offset, %first;
+  .reg .u64 %index, %count, %step, %stride, %address, %base, %out, %offset, %wide;
   ld.param.u64 %base, [base];
   ld.param.u64 %count, [vectors];
   ld.param.u64 %out, [sums];
+  ld.param.u32 %between, [block_stride];
+  ld.param.u32 %apart, [load_stride];
   mov.u32 %block, %ctaid.x;
   mov.u32 %blocks, %nctaid.x;
   mov.u32 %thread, %tid.x;
   mov.u32 %threads, %ntid.x;
+  cvt.u64.u32 %wide, %thread;
+  mul.wide.u32 %index, %block, %between;
+  add.u64 %index, %index, %wide;
+  mul.wide.u32 %offset, %block, %threads;
+  add.u64 %offset, %offset, %wide;
   mul.lo.u32 %total, %blocks, %threads;
-  mul.wide.u32 %first, %block, %threads;
-  cvt.u64.u32 %index, %thread;
-  add.u64 %first, %first, %index;
-  mov.u64 %index, %first;
   mul.wide.u32 %step, %total, {_LOADS};
-  mul.wide.u32 %stride, %total, {_VECTOR_BYTES};
+  mul.wide.u32 %stride, %apart, {_VECTOR_BYTES};
   mov.u32 %sum, 0;
 loop:
   setp.ge.u64 %done, %index, %count;
@@ -65,7 +89,7 @@ loop:
   add.u64 %index, %index, %step;
   bra loop;
 finish:
-  mul.lo.u64 %offset, %first, 4;
+  mul.lo.u64 %offset, %offset, 4;
   add.u64 %out, %out, %offset;
   st.global.u32 [%out], %sum;
   ret;
@@ -97,13 +121,11 @@ def _function(device_index: int) -> ctypes.c_void_p:
     return function
 
 
-def _blocks(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) * _BLOCKS_PER_SM
-
-
 def granule_bytes(device: torch.device) -> int:
-    """The buffer size that `StreamRead` needs a multiple of, in bytes."""
-    return _blocks(device) * _THREADS * _LOADS * _VECTOR_BYTES
+    """The buffer size that every pattern of `StreamRead` needs a multiple of, in bytes."""
+    multiprocessors = int(torch.cuda.get_device_properties(device).multi_processor_count)
+    most = max(pattern.blocks_per_sm for pattern in PATTERNS)
+    return multiprocessors * most * _THREADS * _LOADS * _VECTOR_BYTES
 
 
 class StreamRead:
@@ -115,7 +137,7 @@ class StreamRead:
     Raises ValueError for another buffer, RuntimeError when the driver refuses the kernel.
     """
 
-    def __init__(self, buffer: Tensor) -> None:
+    def __init__(self, buffer: Tensor, pattern: ReadPattern) -> None:
         granule = granule_bytes(buffer.device)
         if buffer.dtype != torch.int32 or not buffer.is_contiguous() or buffer.data_ptr() % _VECTOR_BYTES:
             raise ValueError(
@@ -127,8 +149,13 @@ class StreamRead:
         self.buffer = buffer
         self._device_index = buffer.get_device()
         self._function = _function(self._device_index)
-        self._blocks = _blocks(buffer.device)
-        self.sums = torch.zeros(self._blocks * _THREADS, dtype=torch.int32, device=buffer.device)
+        properties = torch.cuda.get_device_properties(buffer.device)
+        self._blocks = int(properties.multi_processor_count) * pattern.blocks_per_sm
+        threads = self._blocks * _THREADS
+        self._block_stride, self._load_stride = _THREADS, threads
+        if pattern.block_contiguous:
+            self._block_stride, self._load_stride = _LOADS * _THREADS, _THREADS
+        self.sums = torch.zeros(threads, dtype=torch.int32, device=buffer.device)
 
     def launch(self) -> None:
         """Enqueue the pass on the current stream."""
@@ -136,6 +163,8 @@ class StreamRead:
             ctypes.c_uint64(self.buffer.data_ptr()),
             ctypes.c_uint64(self.buffer.nbytes // _VECTOR_BYTES),
             ctypes.c_uint64(self.sums.data_ptr()),
+            ctypes.c_uint32(self._block_stride),
+            ctypes.c_uint32(self._load_stride),
         )
         arguments = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         stream = ctypes.c_void_p(torch.cuda.current_stream(self._device_index).cuda_stream)

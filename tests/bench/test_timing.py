@@ -46,11 +46,15 @@ def test_last_level_is_counted_once_for_each_distinct_cache(tmp_path: Path) -> N
     assert timing._cpu_cache_bytes(tmp_path / "nothing") == 0
 
 
-@pytest.mark.parametrize("bytes_per_copy", [1 << 14, 100_000, 10 << 20, 1 << 30])
-def test_enough_copies_really_exceed_the_cache(bytes_per_copy: int) -> None:
-    copies = timing.copies_to_overflow(bytes_per_copy, CPU)
+@pytest.mark.parametrize("share_of_cache", [1 / 1000, 1 / 7, 1, 50])
+def test_enough_copies_really_exceed_the_cache(share_of_cache: float) -> None:
+    cache = timing.last_level_cache_bytes(CPU)
+    size = int(share_of_cache * cache)
+    copies = timing.copies_to_overflow(size, CPU)
     assert copies >= 2
-    assert copies * bytes_per_copy >= timing.OVERFLOW * timing.last_level_cache_bytes(CPU)
+    assert copies * size >= timing.OVERFLOW * cache
+    # One copy fewer would not do, unless two are enough.
+    assert copies == 2 or (copies - 1) * size < timing.OVERFLOW * cache
 
 
 def test_operands_too_small_to_leave_the_cache_are_refused(small_cache: int) -> None:
@@ -149,12 +153,12 @@ def test_graph_timing_reads_from_memory(device: torch.device) -> None:
 @pytest.mark.gpu
 @pytest.mark.damaged
 def test_stream_read_refuses_a_buffer_it_would_not_read_whole(device: torch.device) -> None:
-    from qsun_kernels.testing.stream_read import StreamRead, granule_bytes
+    from qsun_kernels.testing.stream_read import PATTERNS, StreamRead, granule_bytes
 
     granule = granule_bytes(device)
     with pytest.raises(
         ValueError, match=f"buffer has {granule - 16} bytes, expected a positive multiple of {granule}"
     ):
-        StreamRead(torch.zeros((granule - 16) // 4, dtype=torch.int32, device=device))
+        StreamRead(torch.zeros((granule - 16) // 4, dtype=torch.int32, device=device), PATTERNS[0])
     with pytest.raises(ValueError, match=r"buffer is torch\.float32"):
-        StreamRead(torch.zeros(granule // 4, device=device))
+        StreamRead(torch.zeros(granule // 4, device=device), PATTERNS[0])
