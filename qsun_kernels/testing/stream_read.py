@@ -39,7 +39,7 @@ PATTERNS = tuple(ReadPattern(blocks, contiguous) for contiguous in (True, False)
 
 
 def _ptx() -> str:
-    """The kernel: thread t of block b adds up the vectors b * block_stride + t + i * load_stride for i in 0..7.
+    """The kernel: thread t of block b adds up vectors b * block_stride + t + i * load_stride, i in 0..7.
 
     Then those `step` further on, and so forth up to `vectors`, a multiple of step.
     """
