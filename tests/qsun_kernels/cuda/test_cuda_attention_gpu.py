@@ -204,3 +204,43 @@ def test_long_contexts(device) -> None:
                 None,
             )
         judge_paged_attention_decode(got, problem).require()
+
+
+@pytest.mark.gpu
+def test_a_cache_of_more_elements_than_32_bits_count(device) -> None:
+    """Blocks at the end of a cache of 2.3 billion elements are written and attended to."""
+    dtype, heads, head_dim, block_size = torch.float16, 8, 128, 16
+    small = inputs.paged_attention_inputs(
+        inputs.generator(3),
+        (100, 37),
+        num_q_heads=32,
+        num_kv_heads=heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        dtype=dtype,
+        device=device,
+    )
+    num_blocks, own = 140_000, small.k_cache.shape[0]
+    caches = [
+        torch.full((num_blocks, heads, block_size, head_dim), torch.nan, dtype=dtype, device=device)
+        for _ in range(2)
+    ]
+    assert caches[0].numel() > 2**31
+    for large, cache in zip(caches, (small.k_cache, small.v_cache), strict=True):
+        large[-own:] = cache
+    source = inputs.generator(4)
+    _, k, v = inputs.qkv_views(source, 1, 1, heads, head_dim, dtype, device)
+    last = num_blocks * block_size - 1
+    cuda.IMPLEMENTATIONS["write_kv_cache"].run(k, v, *caches, torch.tensor([last], device=device))
+    assert torch.equal(caches[0][-1, :, -1], k[0]) and torch.equal(caches[1][-1, :, -1], v[0])
+    for large, cache in zip(caches, (small.k_cache, small.v_cache), strict=True):
+        cache[-1, :, -1] = large[-1, :, -1]
+    got = cuda.IMPLEMENTATIONS["paged_attention_decode"].run(
+        small.q,
+        *caches,
+        small.block_table + (num_blocks - own),
+        small.seq_lens,
+        small.softmax_scale,
+        None,
+    )
+    judge_paged_attention_decode(got, small).require()

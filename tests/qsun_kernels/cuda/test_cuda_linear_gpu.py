@@ -9,6 +9,7 @@ from qsun_kernels.backends import cuda
 from qsun_kernels.quant import PackedWeight, QuantSpec
 from qsun_kernels.testing import inputs
 from qsun_kernels.testing.judge import judge_dequantize, judge_wna16_linear
+from qsun_kernels.testing.oracles import take_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BITS = (2, 3, 4, 8)
@@ -174,7 +175,7 @@ def test_no_rows(kernels) -> None:
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("M", (1, 3, 16, 257))
 def test_sizes_of_a_model(device, dtype, M) -> None:
-    """Rows of many slabs, grids of many blocks, more than 2**31 bits of weight."""
+    """Rows of many slabs, grids of many blocks."""
     for N, K in ((4096, 14336), (28672, 4096)):
         source = inputs.generator(M)
         spec = QuantSpec(4, 128, False)
@@ -200,3 +201,21 @@ def test_more_rows_than_a_grid_has(device) -> None:
     with inputs.poisoned_outputs():
         got = cuda.IMPLEMENTATIONS["wna16_linear"].run(x, prepared, None, None, None)
     judge_wna16_linear(got, x, packed).require()
+
+
+@pytest.mark.gpu
+def test_more_weights_than_32_bits_count(device) -> None:
+    """2.6 billion weights: the last rows lie past 2**31 elements."""
+    N, K = 40_000, 65_536
+    spec = QuantSpec(4, "channel", True)
+    qweight = torch.randint(-(2**31), 2**31, (N, K // 8), dtype=torch.int32, device=device)
+    scales = torch.rand(N, 1, device=device).add_(0.5).to(torch.float16)
+    packed = PackedWeight(spec, N, K, qweight, scales)
+    dense = cuda.IMPLEMENTATIONS["dequantize"].run(packed, torch.float16)
+    x = inputs.normal(inputs.generator(1), (2, K), torch.float16, device, std=0.01)
+    prepared = cuda.IMPLEMENTATIONS["wna16_linear"].prepare(packed, torch.float16)
+    y = cuda.IMPLEMENTATIONS["wna16_linear"].run(x, prepared, None, None, None)
+    rows = torch.tensor([0, 1, 32_767, 32_768, 39_998, 39_999], device=device)
+    sample = take_rows(packed, rows)
+    judge_dequantize(dense[rows], sample, torch.float16).require()
+    judge_wna16_linear(y[:, rows], x, sample).require()
