@@ -15,14 +15,13 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qsun.cli import exits
 from qsun.cli.answers import display_for, run
 from qsun.cli.loading import device_of, progress_bar
-from qsun.demo.cache import Cached, cache_key, cache_root, cached_folder
+from qsun.demo.cache import Cached, cache_key, cache_root, cached_folder, package_version
 from qsun.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -56,11 +55,6 @@ def quantised(source: Path, root: Path, progress: Progress) -> Cached:
     from qsun.modules.export import export_quantized
     from qsun_kernels import QuantSpec
 
-    try:
-        own = version("qsun")
-    except PackageNotFoundError:
-        own = "not installed"
-
     def make(folder: Path) -> None:
         export_quantized(
             source,
@@ -73,7 +67,8 @@ def quantised(source: Path, root: Path, progress: Progress) -> Cached:
             progress=progress,
         )
 
-    return cached_folder(root, cache_key(source, str(QuantSpec(BITS, GROUP_SIZE, True)), own), make)
+    spec = QuantSpec(BITS, GROUP_SIZE, True)
+    return cached_folder(root, cache_key(source, str(spec), package_version()), make)
 
 
 def build_parser() -> argparse.ArgumentParser:

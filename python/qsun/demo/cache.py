@@ -15,8 +15,12 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
+
+import qsun
+import qsun_kernels
 
 MANIFEST = "qsun_manifest.json"
 
@@ -43,6 +47,20 @@ def file_digest(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def package_version() -> str:
+    """The version of this package, with a digest of its sources: they change between two releases too."""
+    digest = hashlib.sha256()
+    for package in (qsun, qsun_kernels):
+        root = Path(package.__path__[0])
+        for path in sorted(root.rglob("*.py")):
+            digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    try:
+        own = version("qsun")
+    except PackageNotFoundError:
+        own = "not installed"
+    return f"{own} {digest.hexdigest()}"
 
 
 def cache_key(source: Path, *parts: str) -> str:

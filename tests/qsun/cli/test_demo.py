@@ -102,6 +102,17 @@ def test_the_key_follows_everything_that_decides_the_content(tmp_path: Path) -> 
     assert first != cache_key(source, "W4 g64", "0.1.0")
 
 
+def test_the_version_follows_the_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from qsun.demo import cache
+
+    assert cache.package_version() == cache.package_version()
+    monkeypatch.setattr(cache.qsun, "__path__", [str(tmp_path)])
+    (tmp_path / "quantiser.py").write_text("round(x)")
+    before = cache.package_version()
+    (tmp_path / "quantiser.py").write_text("floor(x)")
+    assert cache.package_version() != before
+
+
 def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_root() == tmp_path / "qsun"
