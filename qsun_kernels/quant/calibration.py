@@ -7,14 +7,21 @@ from torch import Tensor
 
 
 class InputStatistics:
-    """The mean magnitude of every input channel and a uniform sample of input rows, over all `update` calls.
+    """The mean magnitude of every input channel and a sample of input rows, over all `update` calls.
 
-    K: input channels. max_samples: rows kept; the error of a candidate is measured on them. seed: which
-    rows are kept depends on it and on the rows seen alone, so a run can be repeated. device: where the
-    statistics live.
+    K: input channels. max_samples: rows kept; errors of candidates are measured on them. seed: which rows are
+    kept depends on it, on the rows and on the sizes of the batches, so a run can be repeated. device: where
+    the statistics live.
 
-    Every row gets a random key and the rows with the smallest keys stay: a uniform sample without
-    replacement of all rows so far, in one pass, whatever the sizes of the batches.
+    What is measured on the sample is || X D.T ||**2 for some D, summed over all rows of X, and rows differ:
+    the input of down_proj at the first token of a sequence can be hundreds of times larger than at any other
+    (an attention sink), and a quantiser that never sees that row may ruin it, and with it the model. So rows
+    are taken by priority sampling (Duffield, Lund, Thorup, "Priority sampling for estimation of arbitrary
+    subset sums", J. ACM 54(6), 2007) with their squared norm as mass: row t gets the priority mass_t /
+    u_t, u_t uniform in (0, 1], the rows of highest priority stay, and with the highest priority that was
+    dropped, tau, a kept row stands for max(mass_t, tau). Rows heavier than tau are always there, and a sum
+    of squares over the sample is an unbiased estimate of the sum over all rows, in one pass and at any
+    batch sizes.
     """
 
     def __init__(
@@ -29,8 +36,10 @@ class InputStatistics:
         self.count = 0
         self._sum_abs = torch.zeros(K, dtype=torch.float64, device=device)
         self._rows = torch.empty(0, K, dtype=torch.float32, device=device)
-        self._keys = torch.empty(0, dtype=torch.float64)
-        # The keys are drawn on the CPU: the same rows are kept on every device.
+        self._masses = torch.empty(0, dtype=torch.float64, device=device)
+        self._priorities = torch.empty(0, dtype=torch.float64, device=device)
+        self._dropped_priority = 0.0
+        # Drawn on the CPU: the same numbers on every device.
         self._generator = torch.Generator().manual_seed(seed)
 
     def update(self, x: Tensor) -> None:
@@ -46,16 +55,25 @@ class InputStatistics:
             )
         self._sum_abs += sums
         self.count += rows.shape[0]
-        keys = torch.rand(rows.shape[0], dtype=torch.float64, generator=self._generator)
-        keys = torch.cat((self._keys, keys))
-        kept = keys.argsort()[: self.max_samples]
-        # Rows of this batch are copied only when they are kept.
-        old = kept[kept < self._keys.shape[0]].to(rows.device)
-        new = (kept[kept >= self._keys.shape[0]] - self._keys.shape[0]).to(rows.device)
-        self._rows = torch.cat((self._rows[old], rows[new]))
-        self._keys = torch.cat(
-            (keys[kept[kept < self._keys.shape[0]]], keys[kept[kept >= self._keys.shape[0]]])
-        )
+        uniform = 1 - torch.rand(rows.shape[0], dtype=torch.float64, generator=self._generator)
+        masses = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
+        # Rows of zeros add nothing to any sum and take no place.
+        present = masses > 0
+        rows, masses = rows[present], masses[present]
+        priorities = masses / uniform.to(rows.device)[present]
+
+        kept = len(self._priorities)
+        priorities = torch.cat((self._priorities, priorities))
+        order = priorities.argsort(descending=True)
+        if len(order) > self.max_samples:
+            dropped = float(priorities[order[self.max_samples]])
+            self._dropped_priority = max(self._dropped_priority, dropped)
+            order = order[: self.max_samples]
+        # Of this batch only the rows that stay are copied.
+        old, new = order[order < kept], order[order >= kept]
+        self._rows = torch.cat((self._rows[old], rows[new - kept]))
+        self._masses = torch.cat((self._masses[old], masses[new - kept]))
+        self._priorities = torch.cat((priorities[old], priorities[new]))
 
     @property
     def mean_abs(self) -> Tensor:
@@ -65,9 +83,14 @@ class InputStatistics:
 
     @property
     def sample(self) -> Tensor:
-        """The sampled rows, float32 (min(count, max_samples), K). Raises ValueError before the first row."""
+        """The sampled rows, each scaled to stand for its share of all rows, float32 (S, K), S <= max_samples.
+
+        While no row was dropped these are all rows that are not zero, as they are. Raises ValueError before
+        the first row.
+        """
         self._require_rows()
-        return self._rows
+        share = (self._dropped_priority / self._masses).clamp(min=1).sqrt()
+        return self._rows * share.float().unsqueeze(1)
 
     def _require_rows(self) -> None:
         if self.count == 0:

@@ -403,32 +403,78 @@ def test_statistics_are_those_of_all_rows():
         torch.randn(40, 16).bfloat16(),
         torch.randn(16),
     ]
-    made = InputStatistics(16, max_samples=20, seed=3)
+    few, many = (InputStatistics(16, max_samples=size, seed=3) for size in (20, 100))
     for batch in batches:
-        made.update(batch)
+        few.update(batch)
+        many.update(batch)
     rows = torch.cat([batch.reshape(-1, 16).float() for batch in batches])
-    assert made.count == 57
-    torch.testing.assert_close(made.mean_abs, rows.abs().mean(dim=0))
-    matches = (made.sample.unsqueeze(1) == rows.unsqueeze(0)).all(dim=-1)
-    assert made.sample.shape == (20, 16) and bool((matches.sum(dim=1) == 1).all())
-    assert bool((matches.sum(dim=0) <= 1).all())
+    assert few.count == many.count == 57
+    torch.testing.assert_close(few.mean_abs, rows.abs().mean(dim=0))
+    # Nothing dropped: the sample is every row.
+    matches = (many.sample.unsqueeze(1) == rows.unsqueeze(0)).all(dim=-1)
+    assert matches.shape == (57, 57) and bool((matches.sum(dim=0) == 1).all())
+    # Some dropped: 20 different rows, each along one of the originals and at least as long.
+    directions = torch.nn.functional.normalize(few.sample) @ torch.nn.functional.normalize(rows).t()
+    source = directions.argmax(dim=1)
+    assert few.sample.shape == (20, 16) and len(source.unique()) == 20
+    torch.testing.assert_close(directions.amax(dim=1), torch.ones(20))
+    assert bool((few.sample.norm(dim=1) >= rows[source].norm(dim=1) * (1 - 1e-6)).all())
     again = InputStatistics(16, max_samples=20, seed=3)
     for batch in batches:
         again.update(batch)
-    assert torch.equal(again.sample, made.sample)
+    assert torch.equal(again.sample, few.sample)
 
 
-def test_the_sample_is_uniform_over_batches():
-    """Rows of the first, middle and last batch are kept equally often: 30 of 90 rows, 200 seeds."""
-    rows = torch.arange(90.0).unsqueeze(1)
-    kept = torch.zeros(90)
-    for seed in range(200):
-        made = InputStatistics(1, max_samples=30, seed=seed)
-        for part in (rows[:10], rows[10:70], rows[70:]):
+def test_sums_of_squares_over_the_sample_are_unbiased():
+    """The Gram matrix of 8 rows of 60, averaged over 1,000 seeds, is that of all rows: it carries every || X D.T ||**2."""
+    rows = torch.randn(60, 4) * torch.logspace(-1, 1, 60).unsqueeze(1)
+    exact = rows.t() @ rows
+    total = torch.zeros(4, 4)
+    for seed in range(1000):
+        made = InputStatistics(4, max_samples=8, seed=seed)
+        for part in (rows[:5], rows[5:50], rows[50:]):
             made.update(part)
-        kept[made.sample[:, 0].long()] += 1
-    for part in (kept[:10], kept[10:70], kept[70:]):
-        assert abs(float(part.mean()) / 200 - 1 / 3) < 0.04
+        total += made.sample.t() @ made.sample
+    assert float((total / 1000 - exact).norm() / exact.norm()) < 0.05
+
+
+def test_the_heaviest_row_is_always_sampled():
+    """One row in ten thousand, 300 times as long as the others, as an attention sink is."""
+    for seed in range(20):
+        rows = torch.randn(10000, 8, generator=torch.Generator().manual_seed(seed))
+        rows[1234 + seed] *= 300
+        made = InputStatistics(8, max_samples=16, seed=seed)
+        for part in rows.split(777):
+            made.update(part)
+        assert bool((made.sample == rows[1234 + seed]).all(dim=1).any())
+
+
+def test_rows_of_zeros_count_but_are_not_sampled():
+    made = InputStatistics(4, max_samples=8)
+    made.update(torch.cat((torch.zeros(3, 4), torch.ones(1, 4))))
+    assert made.count == 4 and torch.equal(made.mean_abs, torch.full((4,), 0.25))
+    assert torch.equal(made.sample, torch.ones(1, 4))
+
+
+def test_a_row_that_is_seen_rarely_is_not_ruined():
+    """Weights that only the rare heavy row reads keep their range: narrowing would cut what that row needs."""
+    K = 64
+    x = torch.randn(4000, K) * 0.1
+    x[:, :4] = 0
+    x[0, :4] = 500.0
+    weight = torch.randn(32, K)
+    weight[:, :4] = 6.0
+    inputs = InputStatistics(K, max_samples=64)
+    for part in x.split(500):
+        inputs.update(part)
+    spec = QuantSpec(4, "channel", True)
+    ratio = search_range_ratio(weight, inputs.sample, spec, (0.8, 0.6, 0.4))
+    quantised = fake_quantize(weight, spec, range_ratio=ratio)
+    blind = search_range_ratio(weight, x[1:], spec, (0.8, 0.6, 0.4))
+    exact = x[0] @ weight.t()
+    error = (x[0] @ quantised.t() - exact).norm() / exact.norm()
+    error_blind = (x[0] @ fake_quantize(weight, spec, range_ratio=blind).t() - exact).norm() / exact.norm()
+    assert error < 0.1 and error_blind > 0.2
 
 
 def test_a_group_of_ones_own():
