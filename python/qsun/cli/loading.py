@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from qsun.cli.exits import UsageError
-from qsun_kernels.errors import BackendUnavailable
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +21,8 @@ def device_of(text: str | None) -> torch.device | None:
     Raises UsageError for what is no device, BackendUnavailable for a CUDA device that is not there.
     """
     import torch
+
+    from qsun_kernels.errors import BackendUnavailable
 
     if text is None:
         return None

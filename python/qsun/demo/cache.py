@@ -16,13 +16,13 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-import qsun
-import qsun_kernels
-
 MANIFEST = "qsun_manifest.json"
+
+_PACKAGES = ("qsun", "qsun_kernels")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +52,13 @@ def file_digest(path: Path) -> str:
 def package_version() -> str:
     """The version of this package, with a digest of its sources: they change between two releases too."""
     digest = hashlib.sha256()
-    for package in (qsun, qsun_kernels):
-        root = Path(package.__path__[0])
-        for path in sorted(root.rglob("*.py")):
-            digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    for package in _PACKAGES:
+        # Found, not imported: this runs before torch is needed.
+        found = find_spec(package)
+        assert found is not None and found.submodule_search_locations
+        for root in map(Path, found.submodule_search_locations):
+            for path in sorted(root.rglob("*.py")):
+                digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
     try:
         own = version("qsun")
     except PackageNotFoundError:

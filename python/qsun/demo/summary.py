@@ -88,6 +88,7 @@ def _megabytes(count: float) -> str:
 def summarise(engine: DecodeEngine, pace: Pace, prefill_bytes: Mapping[str, int]) -> Summary:
     """Read the numbers from an engine that has answered everything."""
     decode, stats = engine.decode_module, engine.stats()
+    peak = _peak_bytes(decode.device)  # before the probe of the bandwidth takes memory of its own
     bandwidth = read_bandwidth(decode.device)
     return Summary(
         device=str(decode.device),
@@ -106,7 +107,7 @@ def summarise(engine: DecodeEngine, pace: Pace, prefill_bytes: Mapping[str, int]
         step_ms=pace.decode_s / pace.decode_steps * 1e3 if pace.decode_steps else 0.0,
         module_bytes={"decode module": decode.nbytes, **prefill_bytes},
         kv_cache_bytes=stats.kv_bytes,
-        peak_bytes=_peak_bytes(decode.device),
+        peak_bytes=peak,
     )
 
 

@@ -200,6 +200,13 @@ def test_the_exit_codes_are_documented(capsys: pytest.CaptureFixture[str]) -> No
     assert "train" not in build_parser().format_help()
 
 
+@pytest.mark.parametrize("module", ["qsun.cli.main", "qsun.demo.__main__"])
+def test_torch_is_not_loaded_before_it_is_needed(module: str) -> None:
+    """A wrong option should not wait for it, and OpenMP's wait policy must be set before."""
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def process(*arguments: str) -> subprocess.Popen[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(

@@ -106,10 +106,13 @@ def test_the_version_follows_the_sources(monkeypatch: pytest.MonkeyPatch, tmp_pa
     from qsun.demo import cache
 
     assert cache.package_version() == cache.package_version()
-    monkeypatch.setattr(cache.qsun, "__path__", [str(tmp_path)])
-    (tmp_path / "quantiser.py").write_text("round(x)")
+    (tmp_path / "quantiser_of_a_test").mkdir()
+    source = tmp_path / "quantiser_of_a_test" / "__init__.py"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(cache, "_PACKAGES", (source.parent.name,))
+    source.write_text("round(x)")
     before = cache.package_version()
-    (tmp_path / "quantiser.py").write_text("floor(x)")
+    source.write_text("floor(x)")
     assert cache.package_version() != before
 
 
