@@ -104,7 +104,7 @@ def _by_rows(run: Run) -> str:
             share = f"{found[0].gb_s / (run.header.read_tb_s * 1e3):.0%}"
         lines.append((label, backend, *map(_cell, found), share))
     columns = ("us", "by", *(f"M = {M}" for M in sizes), f"of read bandwidth at M = {sizes[0]}")
-    return tables.markdown(columns, lines)
+    return tables.markdown(columns, lines, text_columns=2)
 
 
 def _by_case(run: Run) -> str:

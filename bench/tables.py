@@ -48,9 +48,9 @@ def plain(columns: Row, rows: Sequence[Row], text_columns: int) -> str:
     return "\n".join(lines)
 
 
-def markdown(columns: Row, rows: Sequence[Row]) -> str:
-    """The table in Markdown, the first column left, the others right."""
-    rule = ["---", *("--:" for _ in columns[1:])]
+def markdown(columns: Row, rows: Sequence[Row], *, text_columns: int = 1) -> str:
+    """The table in Markdown; the first `text_columns` are text, the others are aligned right."""
+    rule = ["---" if i < text_columns else "--:" for i in range(len(columns))]
     return "\n".join("| " + " | ".join(row) + " |" for row in (columns, rule, *rows))
 
 
