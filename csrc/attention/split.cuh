@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, 1) paged_attention_split_kernel(Spli
   const int64_t request = request_head / p.num_kv_heads;
   const int64_t first_head = kv_head * a.group + head_tile * kHeads;
   const int num_heads = min(kHeads, a.group - head_tile * kHeads);
-  const int length = max(__ldg(p.seq_lens + request), 0);
+  const int length = max(load_element(p.seq_lens + request), 0);
   trap_unless(length <= p.max_blocks << a.block_log2);
   const Range range = range_of_part(a, length, part, kTokens);
   const bool is_whole = a.num_parts == 1;
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, 1) paged_attention_split_kernel(Spli
         values = load_readonly<kPiece>(source);
       } else {
 #pragma unroll
-        for (int i = 0; i < kPiece; ++i) values.data[i] = __ldg(source + i);
+        for (int i = 0; i < kPiece; ++i) values.data[i] = load_element(source + i);
       }
 #pragma unroll
       for (int i = 0; i < kPiece; ++i) q[h][i] = to_float(values.data[i]);
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, 1) paged_attention_split_kernel(Spli
 #pragma unroll
   for (int j = 0; j < kBatch; ++j) {
     const int token = range.first + j * kGroups + group;
-    next_blocks[j] = token < range.last ? __ldg(block_row + (token >> a.block_log2)) : 0;
+    next_blocks[j] = token < range.last ? load_element(block_row + (token >> a.block_log2)) : 0;
   }
 
   for (int base = range.first; base < range.last; base += kTokens) {
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, 1) paged_attention_split_kernel(Spli
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       const int64_t token = static_cast<int64_t>(base) + kTokens + j * kGroups + group;
-      next_blocks[j] = token < range.last ? __ldg(block_row + (token >> a.block_log2)) : 0;
+      next_blocks[j] = token < range.last ? load_element(block_row + (token >> a.block_log2)) : 0;
     }
 
     // Scores

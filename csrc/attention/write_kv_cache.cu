@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "device/trap.cuh"
+#include "device/vector.cuh"
 #include "runtime/alignment.h"
 #include "runtime/checks.h"
 #include "runtime/launch.h"
@@ -50,7 +51,7 @@ __global__ void __launch_bounds__(kThreads) write_kv_cache_kernel(ScatterArgumen
     const int64_t token = at / token_units;
     const int64_t head = at % token_units / a.head_units;
     const int64_t unit = at % a.head_units;
-    const int64_t slot = __ldg(a.slot_mapping + token);
+    const int64_t slot = load_element(a.slot_mapping + token);
     if (slot < 0) continue;
     const int64_t block = slot / a.block_size;
     trap_unless(block < a.num_blocks);
@@ -59,8 +60,8 @@ __global__ void __launch_bounds__(kThreads) write_kv_cache_kernel(ScatterArgumen
     const int64_t source = head * a.head_units + unit;
     const auto* k = static_cast<const Unit*>(a.sources[0]) + token * a.strides[0];
     const auto* v = static_cast<const Unit*>(a.sources[1]) + token * a.strides[1];
-    const Unit from_k = __ldg(k + source);
-    const Unit from_v = __ldg(v + source);
+    const Unit from_k = load_element(k + source);
+    const Unit from_v = load_element(v + source);
     static_cast<Unit*>(a.targets[0])[target] = from_k;
     static_cast<Unit*>(a.targets[1])[target] = from_v;
   }

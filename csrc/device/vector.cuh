@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "device/dtype.cuh"
 
@@ -38,12 +40,29 @@ __device__ __forceinline__ Vector<T, kSize> load(const T* source) {
   return result;
 }
 
-// The same through the read-only path: nothing may write the memory while the kernel runs.
+// One element through the read-only path: nothing may write the memory while the kernel runs.
+//
+// Kernels use this and never __ldg itself. For the 16-bit floats cuda_fp16.h and cuda_bf16.h write __ldg as
+// inline assembly without `volatile`, which the compiler takes for arithmetic: it moves the load in front of
+// the bounds check that guards it (seen with nvcc 13.0). The integer intrinsic stays where it is put.
+template <typename T>
+__device__ __forceinline__ T load_element(const T* source) {
+  if constexpr (std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>) {
+    const unsigned short bits = __ldg(reinterpret_cast<const unsigned short*>(source));
+    T value;
+    memcpy(&value, &bits, sizeof(value));
+    return value;
+  } else {
+    return __ldg(source);
+  }
+}
+
+// A vector through the read-only path, aligned as for load.
 template <int kSize, typename T>
 __device__ __forceinline__ Vector<T, kSize> load_readonly(const T* source) {
   Vector<T, kSize> result;
   if constexpr (kSize == 1) {
-    result.data[0] = __ldg(source);
+    result.data[0] = load_element(source);
   } else {
     uint4 words[Vector<T, kSize>::kBytes / kLoadBytes];
 #pragma unroll

@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads) apply_rope_kernel(ApplyRopeParams p)
                            : static_cast<const T*>(p.k) + token * p.k_stride + own_head * p.head_dim + i;
     T* target = is_q ? static_cast<T*>(p.q_out) + (token * p.num_q_heads + own_head) * p.head_dim + i
                      : static_cast<T*>(p.k_out) + (token * p.num_kv_heads + own_head) * p.head_dim + i;
-    const int64_t position = __ldg(p.positions + token);
+    const int64_t position = load_element(p.positions + token);
     trap_unless(position >= 0 && position < p.max_positions);
 
     // Rotate

@@ -43,11 +43,11 @@ struct DequantizeArguments {
 __device__ __forceinline__ float load_scale(const DequantizeParams& p, int64_t at) {
   switch (p.scale_dtype) {
     case DType::kFloat16:
-      return to_float(__ldg(static_cast<const __half*>(p.scales) + at));
+      return to_float(load_element(static_cast<const __half*>(p.scales) + at));
     case DType::kBFloat16:
-      return to_float(__ldg(static_cast<const __nv_bfloat16*>(p.scales) + at));
+      return to_float(load_element(static_cast<const __nv_bfloat16*>(p.scales) + at));
     default:
-      return __ldg(static_cast<const float*>(p.scales) + at);
+      return load_element(static_cast<const float*>(p.scales) + at);
   }
 }
 
@@ -65,9 +65,9 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(DequantizeArgument
     const int64_t word = k * p.bits / 32;
     const int shift = static_cast<int>(k * p.bits % 32);
     const uint32_t* row = p.qweight + n * a.row_words;
-    uint64_t codes = __ldg(row + word);
+    uint64_t codes = load_element(row + word);
     if (shift + kPiece * p.bits > 32 && word + 1 < a.row_words)
-      codes |= static_cast<uint64_t>(__ldg(row + word + 1)) << 32;
+      codes |= static_cast<uint64_t>(load_element(row + word + 1)) << 32;
     codes >>= shift;
 
     Vector<T, kPiece> values;
@@ -76,8 +76,9 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(DequantizeArgument
     for (int i = 0; i < kPiece; ++i) {
       values.data[i] = from_float<T>(0.0f);
       if (k + i < p.K) {
-        const int64_t group = p.g_idx != nullptr ? __ldg(p.g_idx + k + i) : (k + i) / a.group_codes;
-        const int zero = p.qzeros != nullptr ? __ldg(p.qzeros + n * a.num_groups + group) : 1 << (p.bits - 1);
+        const int64_t group = p.g_idx != nullptr ? load_element(p.g_idx + k + i) : (k + i) / a.group_codes;
+        const int zero =
+            p.qzeros != nullptr ? load_element(p.qzeros + n * a.num_groups + group) : 1 << (p.bits - 1);
         const uint32_t code = static_cast<uint32_t>(codes >> (i * p.bits)) & mask;
         const float weight =
             centred(code, kTwoTo23 + static_cast<float>(zero)) * load_scale(p, n * a.num_groups + group);

@@ -54,13 +54,13 @@ struct Chunk {
 
 template <typename T>
 __device__ __forceinline__ float scale_of(const RowsArguments& a, int64_t n, int64_t group) {
-  return to_float(__ldg(static_cast<const T*>(a.p.scales) + n * a.num_groups + group));
+  return to_float(load_element(static_cast<const T*>(a.p.scales) + n * a.num_groups + group));
 }
 
 template <int kBits>
 __device__ __forceinline__ float offset_of(const RowsArguments& a, int64_t n, int64_t group) {
   if (a.p.qzeros == nullptr) return kTwoTo23 + static_cast<float>(1 << (kBits - 1));
-  return kTwoTo23 + static_cast<float>(__ldg(a.p.qzeros + n * a.num_groups + group));
+  return kTwoTo23 + static_cast<float>(load_element(a.p.qzeros + n * a.num_groups + group));
 }
 
 // Reads chunk `chunk` of weight row n; past the end of the row, zeros.
@@ -73,17 +73,17 @@ __device__ __forceinline__ Chunk<kBits> load_chunk(const RowsArguments& a, int64
   if (a.wide_weight && kBits % 4 == 0) {
 #pragma unroll
     for (int i = 0; i + 3 < kBits; i += 4) {
-      const uint4 loaded = __ldg(reinterpret_cast<const uint4*>(source + i));
+      const uint4 loaded = load_element(reinterpret_cast<const uint4*>(source + i));
       result.words[i] = loaded.x, result.words[i + 1] = loaded.y;
       result.words[i + 2] = loaded.z, result.words[i + 3] = loaded.w;
     }
   } else if (a.wide_weight && kBits == 2) {
-    const uint2 loaded = __ldg(reinterpret_cast<const uint2*>(source));
+    const uint2 loaded = load_element(reinterpret_cast<const uint2*>(source));
     result.words[0] = loaded.x, result.words[1] = loaded.y;
   } else {
 #pragma unroll
     for (int i = 0; i < kBits; ++i) {
-      if (first + i < a.row_words) result.words[i] = __ldg(source + i);
+      if (first + i < a.row_words) result.words[i] = load_element(source + i);
     }
   }
   if (a.p.g_idx == nullptr) {
@@ -110,7 +110,7 @@ __device__ __forceinline__ void rebuild(const RowsArguments& a, int64_t n, int64
   for (int i = 0; i < kPiece; ++i) {
     w[i] = 0.0f;
     if (first + i < a.p.K) {
-      const int64_t group = __ldg(a.p.g_idx + first + i);
+      const int64_t group = load_element(a.p.g_idx + first + i);
       const uint32_t code = code_of_chunk<kBits>(codes.words, piece * kPiece + i);
       w[i] = centred(code, offset_of<kBits>(a, n, group)) * scale_of<T>(a, n, group);
     }
@@ -134,7 +134,7 @@ __device__ __forceinline__ void stage_x(const RowsArguments& a, int64_t m0, int6
 #pragma unroll
       for (int i = 0; i < kPiece; ++i) {
         const bool inside = m < a.p.M && k + i < a.p.K;
-        values.data[i] = inside ? __ldg(x + m * a.p.x_stride + k + i) : from_float<T>(0.0f);
+        values.data[i] = inside ? load_element(x + m * a.p.x_stride + k + i) : from_float<T>(0.0f);
       }
     }
     const int chunk = at / kPieces;
