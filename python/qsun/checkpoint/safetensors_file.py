@@ -24,6 +24,11 @@ from qsun.errors import CheckpointError
 MAX_HEADER_BYTES = 100 * 1024 * 1024
 """What the reference implementation accepts: a longer header is a lie or an attack, not a model."""
 
+MAX_RANK = 8
+MAX_SIZE = 2**48
+"""Beyond any tensor of a model: the product of more or larger sizes may take for ever, or torch cannot hold
+it."""
+
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
         "F64": torch.float64,
@@ -165,10 +170,13 @@ class SafetensorsFile:
                 f"{where} has dtype {entry['dtype']!r}, expected one of {', '.join(DTYPES)}"
             )
         shape, offsets = entry["shape"], entry["data_offsets"]
-        if not _is_sizes(shape):
-            raise CheckpointError(f"{where} has shape {shape!r}, expected a list of integers from 0")
+        if not _is_sizes(shape) or len(shape) > MAX_RANK or max(shape, default=0) > MAX_SIZE:
+            raise CheckpointError(
+                f"{where} has shape {_shown(shape)}, expected a list of at most {MAX_RANK} integers "
+                f"from 0 to {MAX_SIZE}"
+            )
         if not _is_sizes(offsets) or len(offsets) != 2:
-            raise CheckpointError(f"{where} has data_offsets {offsets!r}, expected two integers from 0")
+            raise CheckpointError(f"{where} has data_offsets {_shown(offsets)}, expected two integers from 0")
         begin, end = offsets
         if not begin <= end <= data_bytes:
             raise CheckpointError(
@@ -205,3 +213,8 @@ class SafetensorsFile:
 
 def _is_sizes(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _shown(value: object) -> str:
+    words = repr(value)
+    return words if len(words) <= 200 else f"{words[:200]}..."

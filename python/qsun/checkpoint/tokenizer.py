@@ -36,8 +36,11 @@ def load_tokenizer(path: Path | str) -> Any:
     gguf = path if path.suffix == ".gguf" else _only_gguf(path)
     try:
         if gguf is not None:
-            return AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, local_files_only=True)
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+            return AutoTokenizer.from_pretrained(
+                str(gguf.parent), gguf_file=gguf.name, local_files_only=True, trust_remote_code=False
+            )
+        # Said outright: without a word transformers asks at the terminal whether to run it.
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its parsers raise
         raise CheckpointError(
             f"{path} has no tokenizer that transformers can read ({type(error).__name__}: {error}), "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,11 +31,14 @@ class CheckpointWriter:
     """
 
     def __init__(self, path: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+        # Of "." and of a link there is no sibling to be renamed to it.
+        path = path.resolve()
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise ValueError(f"path {path} exists already, expected a new or empty directory")
         self.path = path
-        # Beside the target: a rename is atomic within one file system only.
-        self.directory = path.parent / f".{path.name}.{os.getpid()}.partial"
+        # Beside the target: a rename is atomic within one file system only.  A name of its own: in containers
+        # processes have the same few numbers, and one that was killed leaves its directory behind.
+        self.directory = path.parent / f".{path.name}.{secrets.token_hex(8)}.partial"
         self._max_shard_bytes = max_shard_bytes
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0

@@ -90,7 +90,7 @@ HEADERS = [
         "negative size",
         {"a": entry(shape=[-2])},
         bytes(8),
-        r"tensor 'a' has shape \[-2\], expected a list of integers",
+        r"tensor 'a' has shape \[-2\], expected a list of at most 8 integers",
     ),
     (
         "fractional size",
@@ -104,6 +104,19 @@ HEADERS = [
         bytes(8),
         r"tensor 'a' has shape \[True, 2\], expected a list",
     ),
+    (
+        "size beyond any",
+        {"a": entry(shape=[0, 2**49], offsets=[0, 0])},
+        b"",
+        r"tensor 'a' has shape \[0, 562949953421312\], expected a list",
+    ),
+    (
+        "a thousand sizes",
+        {"a": entry(shape=[9**99] * 1000, offsets=[0, 0])},
+        b"",
+        r"tensor 'a' has shape \[29512\d+, .*\.\.\., expected a list of at most 8 integers",
+    ),
+    ("nine sizes", {"a": entry(shape=[1] * 9, offsets=[0, 4])}, bytes(4), r"expected a list of at most 8"),
     ("one offset", {"a": entry(offsets=[8])}, bytes(8), r"data_offsets \[8\], expected two integers"),
     (
         "backwards",

@@ -94,3 +94,15 @@ def test_what_transformers_cannot_read_is_named(tmp_path):
         CheckpointError, match=r"has no tokenizer that transformers can read .*expected tokenizer files"
     ):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.damaged
+def test_code_of_a_checkpoint_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}})
+    )
+    (tmp_path / "evil.py").write_text("raise SystemExit('it ran')\n")
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run it"))
+    with pytest.raises(CheckpointError, match="has no tokenizer that transformers can read"):
+        load_tokenizer(tmp_path)
