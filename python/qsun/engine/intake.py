@@ -6,6 +6,7 @@ import dataclasses
 import secrets
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import torch
@@ -51,7 +52,7 @@ def split_prompts(prompts: Any) -> list[Prompt]:
 def _is_token_ids(value: Any) -> bool:
     if isinstance(value, Tensor):
         return True
-    return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], int)
+    return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], Integral)
 
 
 def _is_chat(value: Any) -> bool:
@@ -64,6 +65,7 @@ def tokenize(prompt: Any, tokenizer: Any) -> tuple[int, ...]:
     Raises RequestError when the prompt is of another kind, is empty, or needs what the tokenizer lacks.
     """
     expected = "prompt must be text, token ids or chat messages"
+    ids: list[Any]
     if isinstance(prompt, str) or _is_chat(prompt):
         if tokenizer is None:
             raise RequestError(f"{expected}, got {prompt!r}, but the model has no tokenizer: give token ids")
@@ -84,14 +86,18 @@ def tokenize(prompt: Any, tokenizer: Any) -> tuple[int, ...]:
     if not ids:
         raise RequestError("prompt is empty, expected at least one token")
     for index, token in enumerate(ids):
-        if isinstance(token, bool) or not isinstance(token, int):
+        if isinstance(token, bool) or not isinstance(token, Integral):
             raise RequestError(f"prompt token {index} is {token!r}, expected an integer")
-    return tuple(ids)
+    # numpy's integers, too, are plain ones from here on.
+    return tuple(map(int, ids))
 
 
 def _encode(prompt: str | Items[ChatMessage], tokenizer: Any) -> list[int]:
     if isinstance(prompt, str):
-        return [int(token) for token in tokenizer.encode(prompt)]
+        try:
+            return [int(token) for token in tokenizer.encode(prompt)]
+        except Exception as failure:  # half of a surrogate pair, for one, is no character
+            raise RequestError(f"prompt is text that the tokenizer refuses: {failure}") from failure
     for index, message in enumerate(prompt):
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise RequestError(f"chat message {index} is {message!r}, expected a dict with role and content")

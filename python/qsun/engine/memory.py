@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ _UNITS = {
 _DEFAULT_FRACTION = 0.9
 # The same on a CPU, where the memory is everybody's.
 _DEFAULT_CPU_BYTES = 2**30
+# Where the system does not tell what is free.
+_ASSUMED_BYTES = 4 * _DEFAULT_CPU_BYTES
 _DEFAULT_SWAP_BYTES = {"cuda": 4 * 2**30, "cpu": 2**28}
 _MOST_OF_HOST = 0.25
 
@@ -91,7 +94,9 @@ def parse_memory(value: int | float | str, name: str) -> int | float:
     if isinstance(value, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
         if match and match[2].upper() in _UNITS:
-            return int(float(match[1]) * _UNITS[match[2].upper()])
+            size = float(match[1]) * _UNITS[match[2].upper()]
+            if math.isfinite(size):
+                return int(size)
     raise ValueError(f"{expected}, got {value!r}")
 
 
@@ -120,13 +125,20 @@ def plan_memory(
     swap_memory: most host bytes for preempted requests, 0 for none; None for a default.
     useful_tokens: what the largest batch of the longest requests would fill; a default takes no more.
     reserve: device bytes that a step needs beside the cache; a fraction leaves them free.
-    Raises ValueError, with the numbers, when not a single block fits.
+    Raises ValueError, with the numbers, when not a single block fits, or more is asked for than is free.
     """
-    available = _available(device)
+    free = _free_bytes(device)
+    available = _ASSUMED_BYTES if free is None else free
     useful_bytes = -(-useful_tokens // block_size) * bytes_per_block
     size = None if memory is None else parse_memory(memory, "memory")
     if isinstance(size, int):
         kv_bytes, origin = size, f"memory={memory!r}"
+        if free is not None and size > free:
+            # A CPU's memory is promised freely and then missed in the middle of an answer.
+            raise ValueError(
+                f"memory={memory!r} is {size} bytes for the KV cache, expected at most {free}:"
+                f" {format_bytes(free)} are free on {device}"
+            )
     elif device.type == "cuda":
         fraction = _DEFAULT_FRACTION if size is None else size
         kv_bytes = int(available * fraction) - reserve
@@ -161,7 +173,8 @@ def plan_memory(
 
 def _swap_bytes(swap_memory: int | str | None, kv_bytes: int, device: torch.device) -> int:
     if swap_memory is None:
-        host = int(_available(torch.device("cpu")) * _MOST_OF_HOST)
+        free = _free_bytes(torch.device("cpu"))
+        host = int((_ASSUMED_BYTES if free is None else free) * _MOST_OF_HOST)
         # More than the cache itself could hold is of no use.
         return min(_DEFAULT_SWAP_BYTES.get(device.type, 0), kv_bytes, host)
     size = parse_memory(swap_memory, "swap_memory")
@@ -170,8 +183,8 @@ def _swap_bytes(swap_memory: int | str | None, kv_bytes: int, device: torch.devi
     return size
 
 
-def _available(device: torch.device) -> int:
-    """Bytes that are free on a device or, where the system tells, in host memory."""
+def _free_bytes(device: torch.device) -> int | None:
+    """Bytes that are free on a device or in host memory; None where the system does not tell."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])
@@ -180,4 +193,4 @@ def _available(device: torch.device) -> int:
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        return 4 * _DEFAULT_CPU_BYTES
+        return None

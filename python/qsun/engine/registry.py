@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from qsun.core import FirstToken
 from qsun.errors import IncompatibleModule, RequestError
 from qsun.modules.card import CARD_FILE
-from qsun.modules.prefill import PrefillModule, load_prefill_module
+from qsun.modules.prefill import PrefillModule, load_prefill_module, require_fit
 
 if TYPE_CHECKING:
     from qsun.engine.options import EngineOptions
@@ -90,13 +90,14 @@ def load_model(
 
     first_token: the convention to run under.  None is the module card's; a module without a card runs under
         the engine's.
-    Raises IncompatibleModule when the card states another convention than the one asked for, and whatever
-    `load_prefill_module` raises.
+    Raises IncompatibleModule when the card states another convention than the one asked for, or a loaded
+    module was loaded for another decode module; and whatever `load_prefill_module` raises.
     """
     if first_token not in (None, "decode", "prefill"):
         raise ValueError(f"first_token must be 'decode', 'prefill' or None, got {first_token!r}")
     if isinstance(source, PrefillModule):
         module = source
+        require_fit(module, decode)
         if first_token is not None and first_token != module.first_token:
             raise IncompatibleModule(
                 f"model {name!r}: first_token is {first_token!r}, expected {module.first_token!r}, the"

@@ -17,6 +17,7 @@ from qsun.layers.norm import RMSNorm
 from qsun.models.build import Placement, build_layer
 from qsun.models.config import WEIGHT_DTYPES, ModelConfig
 from qsun.models.decoder import DecoderLayer, DecoderStack
+from qsun.models.hf_config import DTYPE_NAMES
 from qsun.models.weights import LayerWeights, is_finite
 from qsun.modules.card import DecoderFingerprint, ModuleCard, check_card_fits_checkpoint
 from qsun.modules.digest import base_digest, vocabulary_digest
@@ -111,8 +112,8 @@ def load_decode_module(
         For one that is quantised already (AWQ, GPTQ, compressed-tensors), bits and group_size must be its
         own or None.
     group_size, symmetric: see `QuantSpec`; None is the largest group that divides every projection.
-    dtype: of activations and of all that is not quantised: float32, float16, bfloat16, or "auto" for the
-        checkpoint's own (bfloat16 when it states none).
+    dtype: of activations and of all that is not quantised: float32, float16, bfloat16, by dtype or by name,
+        or "auto" for the checkpoint's own (bfloat16 when it states none).
     device: "cuda" when there is one, else "cpu", by default.  backend: of the low-bit weights.
     quantizer: "rtn" rounds to nearest; "awq" searches scales on `calibration`, sequences of token ids.
     progress: called with (layers done, layers in all, what is being done).
@@ -225,9 +226,10 @@ def resolve_device(device: torch.device | str | None) -> torch.device:
 
 
 def resolve_dtype(dtype: torch.dtype | str, config: ModelConfig) -> torch.dtype:
-    """The dtype of an argument; "auto" is the checkpoint's own, bfloat16 when it states none."""
+    """The dtype of an argument, or of its name; "auto" is the checkpoint's own, else bfloat16."""
     if dtype == "auto":
         return config.dtype or torch.bfloat16
-    if isinstance(dtype, str) or dtype not in WEIGHT_DTYPES:
-        raise ValueError(f"dtype is {dtype!r}, expected 'auto' or one of {WEIGHT_DTYPES}")
-    return dtype
+    resolved = DTYPE_NAMES.get(dtype) if isinstance(dtype, str) else dtype
+    if resolved not in WEIGHT_DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, expected 'auto', one of {WEIGHT_DTYPES} or the name of one")
+    return resolved

@@ -78,7 +78,7 @@ def load_prefill_module(
     *,
     base_path: Path | str,
     decode: DecodeModule,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     backend: BackendName | None = None,
     first_token: FirstToken | None = None,
@@ -207,6 +207,20 @@ def _constants(config: ModelConfig) -> str:
         },
         sort_keys=True,
     )
+
+
+def require_fit(module: PrefillModule, decode: DecodeModule) -> None:
+    """Raise IncompatibleModule unless a loaded module can work on the cache of this decode module.
+
+    It was held against the decode module that it was loaded for, which may have been another one.
+    """
+    _require_fit(f"prefill module {module.name!r}", module.card.decoder, decode, base=True)
+    weight = module.stack.norm.weight
+    if (weight.dtype, weight.device) != (decode.dtype, decode.device):
+        raise IncompatibleModule(
+            f"prefill module {module.name!r} does not fit the decode module: it is {weight.dtype} on "
+            f"{weight.device}, expected {decode.dtype} on {decode.device}"
+        )
 
 
 def _require_fit(what: str, mine: DecoderFingerprint, decode: DecodeModule, *, base: bool) -> None:

@@ -6,10 +6,13 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from qsun import DecodeEngine, IncompatibleModule, RequestError, SamplingParams
 from qsun.engine.options import EngineOptions
 from qsun.errors import CheckpointError
+from qsun.modules.decode import load_decode_module
+from qsun.modules.prefill import load_prefill_module
 
 OK = SamplingParams(temperature=0, max_tokens=4)
 
@@ -39,6 +42,7 @@ BAD_SUBMISSIONS = {
     "model of another type": (dict(model=["poet"]), r"model is \['poet'\], expected one of"),
     "model without a module": (dict(model="remote"), r"'remote' has no prefill module here: .*submit_kv"),
     "empty text": (dict(prompt=""), r"prompt is empty, expected at least one token"),
+    "half of a surrogate pair": (dict(prompt="\ud800"), r"prompt is text that the tokenizer refuses"),
     "no tokens": (dict(prompt=[]), r"prompt is empty, expected at least one token"),
     "empty tensor": (dict(prompt=torch.zeros(0, dtype=torch.int64)), r"prompt is empty"),
     "no prompt": (dict(prompt=None), r"prompt must be text, token ids or chat messages, got None"),
@@ -214,6 +218,7 @@ BAD_OPTIONS = {
     "an unknown unit": (dict(memory="3 parsec"), "memory must be bytes .* got '3 parsec'"),
     "a negative memory": (dict(memory=-5), "memory must be bytes .* got -5"),
     "more than everything": (dict(memory=1.5), "memory must be bytes .* got 1.5"),
+    "an infinite memory": (dict(memory="9" * 400 + "GB"), "memory must be bytes .* got '999"),
     "memory that is true": (dict(memory=True), "memory must be bytes .* got True"),
     "swap of words": (dict(swap_memory="disk"), "swap_memory must be bytes .* got 'disk'"),
     "a convention of nobody": (
@@ -298,6 +303,29 @@ def test_models_that_cannot_be_had(make_engine, tiny, tmp_path) -> None:
 def test_a_loaded_module_of_the_other_convention_is_refused(make_engine, modules) -> None:
     with pytest.raises(IncompatibleModule, match="first_token is 'prefill', expected 'decode'"):
         make_engine(models=()).add_model("poet", modules["poet"], first_token="prefill")
+
+
+@pytest.mark.damaged
+@pytest.mark.parametrize(
+    ("changes", "dtype", "message"),
+    [
+        (dict(num_hidden_layers=2), "float32", r"'other' does not fit .*: num_layers is 2, expected 3"),
+        (dict(initializer_range=0.3), "float32", r"'other' does not fit .*: base is 'sha256:\w+', expected"),
+        ({}, "bfloat16", r"it is torch.bfloat16 on cpu, expected torch.float32 on cpu"),
+    ],
+    ids=["shape", "base", "dtype"],
+)
+def test_a_module_loaded_for_another_decoder_is_refused(make_engine, tiny, tmp_path, changes, dtype, message):
+    path = tiny.paths["base"]
+    if changes:
+        path = tmp_path / "another"
+        LlamaForCausalLM(LlamaConfig(**{**tiny.base.config.to_dict(), **changes})).save_pretrained(path)
+    decode = load_decode_module(path, dtype=dtype, device="cpu")
+    module = load_prefill_module("other", base_path=path, decode=decode)
+    engine = make_engine()
+    with pytest.raises(IncompatibleModule, match=message):
+        engine.add_model("other", module)
+    assert "other" not in engine.models
 
 
 @pytest.mark.damaged

@@ -52,6 +52,14 @@ def test_memory_plans() -> None:
     assert "3 blocks of 16 tokens" in str(small) and "largest batch" in str(small)
 
 
+@pytest.mark.damaged
+def test_more_memory_than_there_is_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"is 10+ bytes for the KV cache, expected at most \d+: .* free on cpu"
+    ):
+        plan(10**18)
+
+
 def test_bytes_for_a_reader() -> None:
     assert [format_bytes(n) for n in (5, 2048, 3 * 2**19, 2**31)] == [
         "5 B",

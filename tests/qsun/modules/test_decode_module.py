@@ -10,6 +10,7 @@ import torch
 from qsun.errors import CheckpointError
 from qsun.models.hf_config import model_config_from_hf
 from qsun.modules.decode import load_decode_module
+from qsun.modules.prefill import load_prefill_module
 from qsun.modules.quantize import default_group_size
 from qsun_kernels import QuantSpec, dequantize
 from qsun_kernels.quant import quantize_rtn
@@ -114,6 +115,15 @@ def test_dtype_auto_is_the_checkpoints_own(tiny):
     assert load_decode_module(half.path, device="cpu").dtype == torch.float16
 
 
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
+def test_a_dtype_by_its_name(tiny, name):
+    path = tiny("llama").path
+    decode = load_decode_module(path, dtype=name, device="cpu")
+    assert decode.dtype == getattr(torch, name)
+    prefill = load_prefill_module("p", base_path=path, decode=decode, dtype=name)
+    assert prefill.stack.norm.weight.dtype == decode.dtype
+
+
 def test_progress_counts_layers(tiny):
     seen = []
     load_decode_module(tiny("llama").path, bits=4, device="cpu", progress=lambda *step: seen.append(step))
@@ -149,7 +159,8 @@ BAD = [
         ValueError,
         r"calibration\[0\] has token 96, expected integers in 0..95",
     ),
-    ({"dtype": torch.int8}, ValueError, "dtype is torch.int8, expected 'auto' or one of"),
+    ({"dtype": torch.int8}, ValueError, "dtype is torch.int8, expected 'auto', one of"),
+    ({"dtype": "float7"}, ValueError, "dtype is 'float7', expected 'auto', one of"),
     ({"dtype": "half"}, ValueError, "dtype is 'half', expected 'auto'"),
     ({"bits": 4, "backend": "opencl"}, ValueError, "backend is 'opencl'"),
 ]
