@@ -90,9 +90,13 @@ class ForwardContext:
 
 
 def _number(name: str, value: object, expected: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
+    except OverflowError:  # an integer that no float holds
+        number = math.inf
+    if not math.isfinite(number):
         raise RequestError(f"{name} must be {expected}, got {value!r}")
-    return float(value)
+    return number
 
 
 def _integer(name: str, value: object, expected: str) -> int:
@@ -111,7 +115,8 @@ class SamplingParams:
     top_k: only the k most likely tokens; 0 is off.
     top_p: only the most likely tokens whose probabilities reach this sum, in (0, 1].
     min_p: only tokens at least this many times as likely as the most likely one, in [0, 1].
-    repetition_penalty: logits of tokens in prompt or output are divided (if positive) or multiplied by it.
+    repetition_penalty: logits of tokens in prompt or output are divided (if positive) or multiplied by it,
+        in [0.01, 100].
     presence_penalty, frequency_penalty: taken from the logits of tokens of the output, once or times
         their count.
     seed: 0 <= seed < 2**64; the same seed gives the same draws whatever else is in the batch.  None: a
@@ -150,10 +155,9 @@ class SamplingParams:
             raise RequestError(f"top_p must be a number in (0, 1], got {self.top_p!r}")
         if not 0 <= _number("min_p", self.min_p, "a number in [0, 1]") <= 1:
             raise RequestError(f"min_p must be a number in [0, 1], got {self.min_p!r}")
-        if _number("repetition_penalty", self.repetition_penalty, "a finite number > 0") <= 0:
-            raise RequestError(
-                f"repetition_penalty must be a finite number > 0, got {self.repetition_penalty!r}"
-            )
+        expected = "a number in [0.01, 100]"
+        if not 0.01 <= _number("repetition_penalty", self.repetition_penalty, expected) <= 100:
+            raise RequestError(f"repetition_penalty must be {expected}, got {self.repetition_penalty!r}")
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             if not -2 <= _number(name, value, "a number in [-2, 2]") <= 2:

@@ -58,11 +58,18 @@ class RequestBook:
         limits = self.workspace.limits
         return make_request(request_id, model, tokens, params, self._arrivals, limits, self._tokenizer)
 
+    def is_untold(self, request_id: str) -> bool:
+        """Whether outputs of a request wait to be told."""
+        return request_id in self._outbox
+
     def _in_use(self, request_id: str) -> bool:
-        return request_id in self.answers or request_id in self._outbox
+        return request_id in self.answers or self.is_untold(request_id)
 
     def enter(self, model: Model, request: Request, saved: SavedKV | None = None) -> Answer:
-        """Take in a checked request.  saved: its prompt's KV, when that came with it."""
+        """Take in a checked request.  saved: its prompt's KV, when that came with it.
+
+        Raises RequestError, changing nothing, when the tokenizer cannot decode the end of the prompt.
+        """
         prompt = request.prompt_token_ids
         prefill_length = len(prompt) - (model.first_token == "decode")
         sequence = Sequence(
@@ -75,7 +82,14 @@ class RequestBook:
             sequence.num_computed = prefill_length
         params = request.params
         end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._end_ids)
-        answer = Answer(sequence, TextStream(self._tokenizer, prompt, params.stop), end_ids)
+        try:
+            stream = TextStream(self._tokenizer, prompt, params.stop)
+        except Exception as failure:  # whatever the tokenizer raises
+            raise RequestError(
+                f"prompt ends in tokens that the tokenizer cannot decode ({failure}),"
+                " expected ids that it has"
+            ) from failure
+        answer = Answer(sequence, stream, end_ids)
         self.workspace.scheduler.add(sequence)
         self.answers[request.request_id] = answer
         self._arrivals += 1
@@ -85,11 +99,9 @@ class RequestBook:
     def give_first_token(self, answer: Answer, token: int) -> None:
         """Append a first token that came with the request, which it may already end."""
         answer.sequence.tokens.append(token)
-        self.counters.output_tokens += 1
-        output = answer.token(token, None)
-        self._outbox.put([output])
-        if output.finish_reason is not None:
-            self._executor().end(answer, output.finish_reason)
+        executor = self._executor()
+        executor.tell(answer, token, None)
+        self._outbox.put(executor.outputs)
 
     def cancel(self, request_id: str) -> bool:
         """End a request and keep the output that tells so.  False when it is not running."""
@@ -107,7 +119,8 @@ class RequestBook:
 
     def step(self) -> list[StepOutput]:
         """What was not told yet, and what one step computes."""
-        return self._outbox.take_all() + self._compute()
+        computed = self._compute()
+        return self._outbox.take_all() + computed
 
     def next_of(self, request_ids: Collection[str]) -> list[StepOutput]:
         """The next outputs of some requests, possibly none; those of others are kept for whoever asks."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from qsun.engine.book import RequestBook
 from qsun.engine.intake import Prompt, check_given_kv, split_prompts, tokenize
 from qsun.engine.memory import refuse_fraction
 from qsun.engine.options import EngineOptions, kv_dtype_of
+from qsun.engine.output_stream import OutputStream
 from qsun.engine.registry import Model, Registry, load_model
 from qsun.engine.report import explain_engine
 from qsun.engine.sources import find_tokenizer, local_checkpoint
@@ -209,7 +209,9 @@ class DecodeEngine:
         if self._book is None:
             decode, tokenizer = self.decode_module, self.tokenizer
             own_end = getattr(tokenizer, "eos_token_id", None)
-            end_ids = frozenset(decode.config.eos_token_ids) | ({own_end} if own_end is not None else set())
+            end_ids = frozenset(decode.config.eos_token_ids)
+            if own_end is not None and own_end < decode.config.vocab_size:
+                end_ids |= {own_end}
             workspace = Workspace.create(decode, self.options, self._stream)
             self._book = RequestBook(workspace, self._registry, tokenizer, end_ids)
         return self._book
@@ -315,24 +317,16 @@ class DecodeEngine:
         model: str,
         params: SamplingParams | None = None,
         request_id: str | None = None,
-    ) -> Iterator[StepOutput]:
-        """Submit one request and yield its outputs as they come, stepping the engine for all.
+    ) -> OutputStream:
+        """Submit one request and iterate over its outputs as they come, stepping the engine for all.
 
-        Closing the iterator early cancels the request.  What other requests gain meanwhile is told by the
-        next `step`, or to their own iterators.  Raises RequestError at once, not at the first output.
+        Closing or dropping the iterator early cancels the request.  What other requests gain meanwhile is
+        told by the next `step`, or to their own iterators; what a `step` has told is not told again.
+        Raises RequestError at once, not at the first output.
         """
-        return self._outputs_of(self.submit(prompt, model=model, params=params, request_id=request_id))
-
-    def _outputs_of(self, request_id: str) -> Iterator[StepOutput]:
+        request_id = self.submit(prompt, model=model, params=params, request_id=request_id)
         book = self._open_book()
-        try:
-            while True:
-                for output in book.next_of({request_id}):
-                    yield output
-                    if output.finish_reason is not None:
-                        return
-        finally:
-            book.cancel(request_id)
+        return OutputStream(book, book.answers[request_id])
 
     def generate(
         self,

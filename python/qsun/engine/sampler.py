@@ -145,7 +145,8 @@ def filter_logits(logits: Tensor, params: Items[SamplingParams]) -> Tensor:
     sorting = [i for i, p in enumerate(params) if p.top_k or p.top_p < 1]
     if sorting:
         index = torch.tensor(sorting, device=device)
-        top_k = torch.tensor([[params[i].top_k or logits.shape[1]] for i in sorting], device=device)
+        size = logits.shape[1]
+        top_k = torch.tensor([[min(params[i].top_k or size, size)] for i in sorting], device=device)
         scaled.index_copy_(0, index, _keep_top(scaled[index], top_k, top_p[index]))
     if any(p.min_p for p in params):
         # p >= min_p * p_max, in logarithms, where the largest is 0.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qsun.core import Chunk, FinishReason, Sequence, StepOutput
+from qsun.core import Chunk, FinishReason, Sequence, StepOutput, TokenLogprobs
 from qsun.engine.sampler import sample
 
 if TYPE_CHECKING:
@@ -142,11 +142,21 @@ class StepExecutor:
                 self.outputs.append(self.end(answer, "error", "the logits are not finite"))
                 continue
             self.workspace.scheduler.token_done(answer.sequence, token)
-            self.counters.output_tokens += 1
+            self.tell(answer, token, logprobs)
+
+    def tell(self, answer: Answer, token: int, logprobs: TokenLogprobs | None) -> None:
+        """Tell of a token just appended to a sequence, which it may end."""
+        self.counters.output_tokens += 1
+        try:
             output = answer.token(token, logprobs)
-            self.outputs.append(output)
-            if output.finish_reason is not None:
-                self.end(answer, output.finish_reason)
+        except Exception as failure:
+            # Some tokenizers cannot decode every id that the vocabulary has room for.
+            answer.stream.give_up()
+            self._fail([answer.sequence], f"decoding token {token} to text", failure)
+            return
+        self.outputs.append(output)
+        if output.finish_reason is not None:
+            self.end(answer, output.finish_reason)
 
     def _fail(self, sequences: Iterable[Sequence], what: str, failure: Exception) -> None:
         logger.warning("%s failed", what, exc_info=failure)

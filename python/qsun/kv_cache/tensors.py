@@ -111,7 +111,12 @@ class KVCache:
         Returns (num_layers, 2, len(block_ids), num_kv_heads, block_size, head_dim) on the CPU.  The copy is
         complete when the call returns.  Raises ValueError when an id is outside the cache.
         """
-        return self._data.index_select(2, self._index(block_ids)).to("cpu")
+        index = self._index(block_ids)
+        host = torch.empty((*self._data.shape[:2], len(block_ids), *self._data.shape[3:]), dtype=self.dtype)
+        # Layer by layer: beside a cache that fills the device there is no room for a copy of all of them.
+        for layer, copy in zip(self._data, host, strict=True):
+            copy.copy_(layer.index_select(1, index))
+        return host
 
     def write_blocks(self, block_ids: Sequence[int], blocks: Tensor) -> None:
         """Copy blocks that `read_blocks` returned (or KV computed elsewhere) into the cache.
@@ -128,7 +133,8 @@ class KVCache:
             raise ValueError(f"blocks has shape {tuple(blocks.shape)}, expected {expected}")
         if blocks.dtype != self.dtype:
             raise TypeError(f"blocks has dtype {blocks.dtype}, expected {self.dtype} like the cache")
-        self._data.index_copy_(2, index, blocks.to(self.device))
+        for layer, copy in zip(self._data, blocks, strict=True):
+            layer.index_copy_(1, index, copy.to(self.device))
 
     def _index(self, block_ids: Sequence[int]) -> Tensor:
         for block in block_ids:

@@ -71,6 +71,24 @@ def test_garbage_bytes_do_not_block_what_follows(bytes_tokenizer) -> None:
     assert "".join(pieces).endswith("text") and any(pieces[:20])
 
 
+def test_replacement_characters_of_the_model_lose_nothing(bytes_tokenizer) -> None:
+    text = "\N{REPLACEMENT CHARACTER}" * 5 + "😀" + "\N{REPLACEMENT CHARACTER}" * 2 + "é!"
+    pieces, _ = stream(bytes_tokenizer, text.encode())
+    assert "".join(pieces) == text and any(pieces[:12])
+
+
+def test_tokens_without_text_are_not_decoded_over_and_over(bytes_tokenizer) -> None:
+    decoded = []
+
+    class Counting:
+        def decode(self, ids, **options):
+            decoded.append(len(ids))
+            return bytes_tokenizer.decode(ids, **options)
+
+    pieces, _ = stream(Counting(), [*b"a", *[SPECIAL] * 1000, *"é".encode()])
+    assert "".join(pieces) == "aé" and max(decoded) < 100
+
+
 def test_special_tokens_have_no_text(bytes_tokenizer) -> None:
     pieces, _ = stream(bytes_tokenizer, [*b"ab", SPECIAL, *b"c"])
     assert "".join(pieces) == "abc"

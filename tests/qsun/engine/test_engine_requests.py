@@ -169,6 +169,57 @@ def test_a_stream_that_is_dropped_is_cancelled(make_engine) -> None:
     stream.close()
     stats = engine.stats()
     assert stats.cancelled == 1 and stats.blocks_in_use == 0
+    assert not engine.has_work, "nobody is left to be told"
+
+
+def test_a_stream_that_is_dropped_before_it_began_is_cancelled(make_engine) -> None:
+    engine = make_engine()
+    stream = engine.stream("never read", model="poet", params=GREEDY, request_id="a")
+    del stream
+    assert engine.stats().cancelled == 1 and not engine.has_work
+    assert engine.submit("another", model="poet", params=GREEDY, request_id="a") == "a"
+
+
+def test_a_stream_that_has_ended_leaves_the_next_request_of_its_id_alone(make_engine) -> None:
+    engine = make_engine()
+    stream = engine.stream("first", model="poet", params=GREEDY, request_id="a")
+    for output in stream:
+        if output.finish_reason is not None:
+            break
+    engine.submit("second", model="poet", params=GREEDY, request_id="a")
+    assert next(stream, None) is None
+    del stream
+    assert drained(engine)["a"][-1].finish_reason == "length"
+
+
+def test_a_stream_ends_when_a_step_has_told_of_the_end(make_engine) -> None:
+    engine = make_engine()
+    stream = engine.stream("both", model="poet", params=GREEDY)
+    (request_id,) = engine._book.answers
+    next(stream)
+    assert drained(engine)[request_id][-1].finish_reason == "length"
+    assert list(stream) == []
+
+
+def test_a_tokenizer_that_cannot_decode_a_token_ends_its_request_only(make_engine, monkeypatch) -> None:
+    engine = make_engine()
+    prompts, params = ["a", "b", "c"], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    good = engine.generate(prompts, model="poet", params=params)
+    only_in_one = set(good[1].token_ids) - {*good[0].token_ids, *good[2].token_ids}
+    right = type(engine.tokenizer).decode
+
+    def decode(self, ids, **options):
+        if only_in_one & set(ids):
+            raise TypeError("sequence item 0: expected str instance, NoneType found")
+        return right(self, ids, **options)
+
+    monkeypatch.setattr(type(engine.tokenizer), "decode", decode)
+    first, failed, third = engine.generate(prompts, model="poet", params=params)
+    assert (first, third) == tuple(
+        dataclasses.replace(g, request_id=c.request_id) for g, c in ((good[0], first), (good[2], third))
+    )
+    assert failed.finish_reason == "error" and "decoding token" in failed.error and "NoneType" in failed.error
+    assert engine.stats().blocks_in_use == 0 and not engine.has_work
 
 
 def test_generate_leaves_others_their_outputs(make_engine) -> None:
@@ -288,6 +339,13 @@ def test_models_come_and_go(make_engine, tiny) -> None:
     assert own.token_ids == before.token_ids != late.token_ids
     engine.remove_model("late")
     assert engine.models == ("base", "own") and engine.notices == ()
+    # The name says nothing of the weights: what "late" left in the cache is another module's.
+    engine.add_model("late", tiny.paths["cook"])
+    engine.add_model("cook", tiny.paths["cook"])
+    assert engine.stats().prefix_hit_tokens == 8  # "own" on what "base" had left
+    again, cook = (engine.generate("some text", model=name, params=GREEDY)[0] for name in ("late", "cook"))
+    assert again.token_ids == cook.token_ids != late.token_ids
+    assert engine.stats().prefix_hit_tokens == 16
 
 
 def test_two_names_for_the_same_weights_share_their_prefixes(make_engine, tiny) -> None:

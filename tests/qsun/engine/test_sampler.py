@@ -264,3 +264,10 @@ def test_noise_and_draws_agree_between_devices() -> None:
     assert torch.equal(uniform_bits(keys, 5000), uniform_bits(keys.cuda(), 5000).cpu())
     logits = torch.randn(len(MIXED), 5000, generator=torch.Generator().manual_seed(2)) * 3
     assert sample(logits, MIXED).token_ids == sample(logits.cuda(), MIXED).token_ids
+
+
+@pytest.mark.parametrize("top_k", [6, 7, 2**63, 2**80])
+def test_a_top_k_past_the_vocabulary_keeps_all(top_k: int) -> None:
+    kept = filter_logits(LOGITS, [SamplingParams(top_k=top_k)])
+    assert torch.isfinite(kept).all()
+    assert torch.equal(kept, filter_logits(LOGITS, [SamplingParams()]))

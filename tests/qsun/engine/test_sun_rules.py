@@ -317,6 +317,7 @@ def test_rule_4_the_other_convention_is_caught(first_token_check) -> None:
     assert first_token_check("decode") or first_token_check("prefill")
 
 
+@pytest.mark.parametrize("first_token_check", ["decode"], indirect=True)
 def test_rule_4_reading_the_last_prompt_token_twice_is_caught(first_token_check, monkeypatch) -> None:
     """What one gets by prefilling everything and then decoding from the last prompt token again."""
     init = Sequence.__init__
@@ -329,9 +330,7 @@ def test_rule_4_reading_the_last_prompt_token_twice_is_caught(first_token_check,
             self.tokens.append(tokens[-1])
 
     monkeypatch.setattr(Sequence, "__init__", naive)
-    caught = first_token_check()
-    monkeypatch.undo()
-    assert caught or first_token_check("prefill") == []  # the variant touches the decode convention only
+    assert any("got" in complaint for complaint in first_token_check())
 
 
 @pytest.fixture
