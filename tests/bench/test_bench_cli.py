@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qsun_bench import results
+from qsun_bench import commands, results
 from qsun_bench.cli import main
 from qsun_bench.results import Header, Record, Run
 from qsun_kernels.testing import timing
@@ -21,6 +21,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real path with a small cache: what is tested is not the figure."""
     monkeypatch.setattr(timing, "last_level_cache_bytes", lambda device: 256 << 10)
     monkeypatch.setattr(timing, "_WARM_UP_S", 0.002)
+    probe = timing.read_bandwidth
+    monkeypatch.setattr(commands, "read_bandwidth", lambda device: probe(device, probe_bytes=8 << 20))
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:

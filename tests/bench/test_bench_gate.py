@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsun_bench import contenders, measure, tables
+from qsun_bench import commands, contenders, measure, tables
 from qsun_bench.cases import Selection, suites
 from qsun_bench.cases.attention import AttentionCase
 from qsun_bench.cases.wna16 import Wna16Case, Wna16Operands
@@ -78,6 +78,7 @@ def test_wrong_results_are_judged_wrong(
 def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "last_level_cache_bytes", lambda device: 128 << 10)
     monkeypatch.setattr(timing, "_WARM_UP_S", 0.005)
+    monkeypatch.setattr(commands, "read_bandwidth", lambda device: 1e10)
 
 
 def contender_that(spoil: Callable[[Tensor], Tensor]) -> Contender:

@@ -158,6 +158,7 @@ def demo_of(checkpoints, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     from qsun.demo import cache
 
     monkeypatch.setattr(demo, "find_weights", lambda: checkpoints.base)
+    monkeypatch.setattr("qsun.demo.summary.read_bandwidth", lambda device: 1e10)
     digest = cache.file_digest
     monkeypatch.setattr(
         cache, "file_digest", lambda path: digest(path / "model.safetensors" if path.is_dir() else path)
@@ -198,6 +199,8 @@ def test_json_is_alone_on_stdout_and_the_summary_adds_up(demo_of, capsys: pytest
     # 2 layers of W4 and a 16-bit head; KV is read on top.
     assert summary["weight_bytes"] > 264 * 64 * 2
     assert summary["bytes_per_token"] * summary["mean_batch"] > summary["weight_bytes"]
+    step_bytes = summary["bytes_per_token"] * summary["mean_batch"]
+    assert summary["floor_ms"] == pytest.approx(step_bytes / 1e10 * 1e3)
     assert 0 < summary["floor_ms"] < summary["step_ms"]
 
 
