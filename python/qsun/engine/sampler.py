@@ -11,7 +11,6 @@ Among equally likely tokens the lowest index goes first, everywhere.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
@@ -89,22 +88,13 @@ def modify_logits(logits: Tensor, rows: Items[SamplerRow]) -> Tensor:
         if row.step < row.params.min_tokens
         for token in row.end_ids
     ]
-    entries = [
-        (index, *entry)
-        for index, row in enumerate(rows)
-        if _penalised(row.params)
-        for entry in _penalties(row)
-    ]
-    if not masked and not entries:
+    penalised = [index for index, row in enumerate(rows) if _penalised(row.params)]
+    if not masked and not penalised:
         return logits
     logits = logits.clone()
-    if entries:
-        at_row, at_token, factor, offset = zip(*entries, strict=True)
-        where = torch.tensor([at_row, at_token], device=logits.device).unbind()
-        change = torch.tensor([factor, offset], dtype=logits.dtype, device=logits.device)
-        values = logits[where]
-        values = torch.where(values > 0, values / change[0], values * change[0]) - change[1]
-        logits[where] = values
+    if penalised:
+        index = torch.tensor(penalised, device=logits.device)
+        logits.index_copy_(0, index, _penalise(logits[index], [rows[i] for i in penalised]))
     if masked:
         at_row, at_token = zip(*masked, strict=True)
         where = torch.tensor([at_row, at_token], device=logits.device).unbind()
@@ -117,19 +107,34 @@ def _penalised(params: SamplingParams) -> bool:
     return neutral != (1.0, 0.0, 0.0)
 
 
-def _penalties(row: SamplerRow) -> list[tuple[int, float, float]]:
-    """(token, repetition factor, amount taken off) of every token that a penalty touches, each once."""
-    params = row.params
-    counts = Counter(row.tokens[row.num_prompt :])
-    seen = set(row.tokens) if params.repetition_penalty != 1.0 else counts.keys()
-    return [
-        (
-            token,
-            params.repetition_penalty,
-            params.presence_penalty * (counts[token] > 0) + params.frequency_penalty * counts[token],
-        )
-        for token in seen
+def _penalise(logits: Tensor, rows: Items[SamplerRow]) -> Tensor:
+    """Logits (R, V) after the rows' penalties.
+
+    Tokens are counted on the device: a prompt is long, and this is done again for every token of the answer.
+    """
+    settings = [
+        (row.params.repetition_penalty, row.params.presence_penalty, row.params.frequency_penalty)
+        for row in rows
     ]
+    factor, presence, frequency = torch.tensor(settings, device=logits.device)[:, :, None].unbind(dim=1)
+    output = _counts([row.tokens[row.num_prompt :] for row in rows], logits)
+    # A factor of 1 changes nothing, so where nobody repeats at a price the prompts are not looked at.
+    if any(row.params.repetition_penalty != 1.0 for row in rows):
+        seen = _counts([row.tokens for row in rows], logits) > 0
+        repeated = torch.where(logits > 0, logits / factor, logits * factor)
+        logits = torch.where(seen, repeated, logits)
+    return logits - (presence * (output > 0) + frequency * output)
+
+
+def _counts(tokens: Items[Items[int]], like: Tensor) -> Tensor:
+    """How often each token is in each list, int32 of the shape of `like`, (len(tokens), V)."""
+    counts = torch.zeros_like(like, dtype=torch.int32)
+    size = like.shape[1]
+    flat = [torch.tensor(part, dtype=torch.int64) + row * size for row, part in enumerate(tokens)]
+    at = torch.cat(flat).to(like.device)
+    one = torch.ones((), dtype=torch.int32, device=like.device)
+    counts.view(-1).index_put_((at,), one, accumulate=True)
+    return counts
 
 
 def filter_logits(logits: Tensor, params: Items[SamplingParams]) -> Tensor:
@@ -149,8 +154,8 @@ def filter_logits(logits: Tensor, params: Items[SamplingParams]) -> Tensor:
         top_k = torch.tensor([[min(params[i].top_k or size, size)] for i in sorting], device=device)
         scaled.index_copy_(0, index, _keep_top(scaled[index], top_k, top_p[index]))
     if any(p.min_p for p in params):
-        # p >= min_p * p_max, in logarithms, where the largest is 0.
-        scaled.masked_fill_(scaled < min_p.log(), float("-inf"))
+        # p >= min_p * p_max, in logarithms, where the largest is 0; rounded alike, so that equality counts.
+        scaled.masked_fill_(scaled < min_p.log().float(), float("-inf"))
     return scaled
 
 
@@ -179,7 +184,9 @@ def _logprobs(logits: Tensor, token_ids: list[int], rows: Items[SamplerRow]) -> 
     chosen = torch.tensor([[token_ids[i]] for i in wanted], device=logits.device)
     chosen_logprobs = logprobs.gather(1, chosen).squeeze(1).tolist()
     most = min(max(rows[i].params.logprobs or 0 for i in wanted), logits.shape[1])
-    top_values, top_ids = (part.tolist() for part in logprobs.topk(most, dim=-1))
+    # Not topk, which takes equals in any order.
+    ordered, order = logprobs.sort(dim=-1, descending=True, stable=True)
+    top_values, top_ids = ordered[:, :most].tolist(), order[:, :most].tolist()
     for at, row_index in enumerate(wanted):
         count = rows[row_index].params.logprobs or 0
         pairs = zip(top_ids[at][:count], top_values[at][:count], strict=True)

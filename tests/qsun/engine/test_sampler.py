@@ -271,3 +271,28 @@ def test_a_top_k_past_the_vocabulary_keeps_all(top_k: int) -> None:
     kept = filter_logits(LOGITS, [SamplingParams(top_k=top_k)])
     assert torch.isfinite(kept).all()
     assert torch.equal(kept, filter_logits(LOGITS, [SamplingParams()]))
+
+
+def test_equals_are_told_lowest_index_first() -> None:
+    logits = torch.tensor([[0.0, 2.0, 2.0, 1.0, 2.0, 0.0]])
+    entry = sample(logits, [row(temperature=0, logprobs=4)]).logprobs[0]
+    assert entry.token_id == 1 and [token for token, _ in entry.top] == [1, 2, 4, 3]
+
+
+def test_min_p_keeps_what_is_exactly_that_likely() -> None:
+    logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
+    for min_p, count in ((1.0, 1), (0.5, 2), (0.25, 4)):
+        assert int(torch.isfinite(filter_logits(logits, [SamplingParams(min_p=min_p)])).sum()) == count
+
+
+def test_penalties_of_a_long_prompt_beside_other_rows() -> None:
+    """Within one row and beside others: each token once by repetition, by its count of the output only."""
+    prompt, output = [3] * 5000 + [0, 1], [1, 2, 2]
+    rows = [
+        row(prompt=prompt, output=output, repetition_penalty=2.0, frequency_penalty=0.5),
+        row(prompt=prompt, output=output),
+        row(prompt=prompt, output=output, presence_penalty=1.0),
+    ]
+    logits = torch.tensor([[1.0, -1.0, 2.0, -4.0, 5.0]]).repeat(3, 1)
+    expected = [[0.5, -2.5, 0.0, -8.0, 5.0], [1.0, -1.0, 2.0, -4.0, 5.0], [1.0, -2.0, 1.0, -4.0, 5.0]]
+    assert modify_logits(logits, rows).tolist() == expected
