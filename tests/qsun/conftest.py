@@ -43,7 +43,12 @@ COMMON = {
 
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {"rope_parameters": LLAMA3_ROPE},
-    "qwen2": {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "qwen2": {
+        "tie_word_embeddings": True,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 1,
+    },
     "qwen3": {"head_dim": 32},
     "mistral": {"sliding_window": 8, "tie_word_embeddings": True},
 }

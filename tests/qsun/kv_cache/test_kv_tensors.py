@@ -104,7 +104,7 @@ BAD_WRITES = [
     ([-1, 0], BLOCKS, ValueError, r"block_ids contains -1, expected ids in 0..6"),
     ([3, 3], BLOCKS, ValueError, r"block_ids is \[3, 3\], expected distinct ids"),
     ([3], BLOCKS, ValueError, r"blocks has shape \(3, 2, 2, 2, 4, 16\), expected \(3, 2, 1, 2, 4, 16\)"),
-    ([3, 4], BLOCKS.half(), TypeError, "blocks has dtype torch.float16, expected torch.float32 like the cache"),
+    ([3, 4], BLOCKS.half(), TypeError, "blocks has dtype torch.float16, expected torch.float32 like"),
 ]
 
 
@@ -120,7 +120,9 @@ def test_bad_writes_are_named_and_change_nothing(ids, blocks, error, message):
 
 @pytest.mark.damaged
 def test_data_of_another_form():
-    with pytest.raises(ValueError, match=r"data has shape \(3, 7, 2, 4, 16\), expected \(num_layers, 2, num_blocks"):
+    with pytest.raises(
+        ValueError, match=r"data has shape \(3, 7, 2, 4, 16\), expected \(num_layers, 2, num_blocks"
+    ):
         KVCache(torch.zeros(3, 7, 2, 4, 16))
     with pytest.raises(ValueError, match=r"data has strides .*, expected a contiguous tensor"):
         KVCache(torch.zeros(3, 2, 7, 2, 16, 4).transpose(4, 5))
