@@ -8,9 +8,14 @@ from typing import Literal
 
 import torch
 
-from qsun_kernels.backends.dispatch import load_backend, passed_over, refusal, requested_backend
+from qsun_kernels.backends.dispatch import (
+    load_backend,
+    passed_over,
+    preference,
+    refusal,
+    requested_backend,
+)
 from qsun_kernels.backends.problems import (
-    BACKENDS,
     ApplyRopeProblem,
     BackendName,
     DequantizeProblem,
@@ -87,7 +92,7 @@ def explain_rows(
 def _rows_of(problem: Problem, requested: BackendName | None) -> list[ExplainRow]:
     rows: list[ExplainRow] = []
     is_chosen = False
-    for backend in BACKENDS:
+    for backend in preference(problem.operator):
         named = backend == requested
         # What the automatic choice never considers is not even loaded: importing triton takes most of a
         # second.
