@@ -64,12 +64,16 @@ bench: $(STAMP)
 	$(BIN)/qsun-bench attention
 	$(BIN)/qsun-bench decode
 
-# In parallel where pytest-xdist is; a test on the GPU is mostly launches and compilation on the host.
-GPU_PYTEST = $(PYTHON) -m pytest $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 6 --dist loadgroup")
+# What needs the GPU, and the operators on it; in parallel where pytest-xdist is, one host thread each, since such a
+# test is mostly launches and compilation on the host.
+GPU_PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q \
+  $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 6 --dist loadgroup")
 gpu-check:
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --no-index -e .
 	$(PYTHON) -m qsun_kernels
-	$(GPU_PYTEST) -m "not slow"
+	$(GPU_PYTEST) -m "gpu and not slow" tests/qsun_kernels tests/qsun
+	$(GPU_PYTEST) -m "not gpu and not slow" tests/qsun_kernels/ops tests/qsun_kernels/triton
+	$(PYTHON) -m pytest -q -m gpu tests/bench
 	$(PYTHON) -m qsun_bench wna16 --smoke
 	$(PYTHON) -m qsun_bench attention --smoke
 	$(PYTHON) -m qsun_bench decode --smoke
