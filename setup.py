@@ -13,6 +13,7 @@ missing.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -124,7 +125,10 @@ class BuildCuda(build_ext):
         import pybind11
 
         # CMake's cache outlives the environment of an isolated build, so every path into one is given anew.
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        # It cannot change its compiler, so each compiler has a folder of its own.
+        compiler = f"{plan.nvcc}\n{runs([str(plan.nvcc), '--version'])}"
+        key = hashlib.sha256(compiler.encode()).hexdigest()[:8]
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{key}"
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             "-DCMAKE_BUILD_TYPE=Release",
