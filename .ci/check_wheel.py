@@ -30,8 +30,9 @@ weight = qsun_kernels.prepare_weight(packed, dtype=torch.float32)
 y = qsun_kernels.wna16_linear(x, weight)
 torch.testing.assert_close(y, x @ qsun_kernels.dequantize(packed, torch.float32).T)
 
-for command in (["qsun_kernels"], ["qsun_bench", "list"], ["qsun", "--help"]):
-    subprocess.run([sys.executable, "-m", *command], check=True, stdout=subprocess.DEVNULL)
+scripts = Path(sys.executable).parent
+for command in (["qsun-bench", "list"], ["qsun", "--help"]):
+    subprocess.run([scripts / command[0], *command[1:]], check=True, stdout=subprocess.DEVNULL)
 doctor = subprocess.run([sys.executable, "-m", "qsun_kernels"], check=True, capture_output=True, text=True)
 assert ("QSUN_CUDA=off" in doctor.stdout) == (mode == "off"), doctor.stdout
 print(f"wheel ok (QSUN_CUDA={mode}, libqsun {'in' if has_library else 'not in'} it)")
