@@ -40,7 +40,7 @@ from qsun_kernels.testing.tolerances import compare
 pytestmark = [
     pytest.mark.slow,
     # One worker loads the models, once; without xdist its marker is not known either.
-    *([pytest.mark.xdist_group("real weights")] if importlib.util.find_spec("xdist") else []),
+    *([pytest.mark.xdist_group("real_weights")] if importlib.util.find_spec("xdist") else []),
 ]
 
 NEW_TOKENS = 64
