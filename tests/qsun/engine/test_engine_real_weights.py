@@ -39,6 +39,7 @@ from qsun_kernels.testing.tolerances import compare
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.real_weights,
     # One worker loads the models, once; without xdist its marker is not known either.
     *([pytest.mark.xdist_group("real_weights")] if importlib.util.find_spec("xdist") else []),
 ]
