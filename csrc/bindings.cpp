@@ -17,6 +17,7 @@
 #include "qsun/silu_and_mul.h"
 #include "qsun/types.h"
 #include "qsun/wna16_linear.h"
+#include "qsun/wna16_panels.h"
 #include "qsun/write_kv_cache.h"
 
 namespace py = pybind11;
@@ -121,6 +122,88 @@ void bind_device(py::module_& m) {
 
 // ---- wna16_linear, dequantize
 
+void bind_panels(py::module_& m) {
+  using qsun::StreamConfig;
+  using qsun::Wna16PanelsParams;
+  printable<StreamConfig>(m, "StreamConfig", "How the streaming kernel of panel weights is launched.")
+      .def(py::init([](int token_tiles, int row_tiles, int row_blocks, int warps, int stages, int split_k,
+                       bool overlaps_producer) {
+             return StreamConfig{token_tiles, row_tiles, row_blocks,       warps,
+                                 stages,      split_k,   overlaps_producer};
+           }),
+           py::kw_only(), "token_tiles"_a, "row_tiles"_a, "row_blocks"_a, "warps"_a, "stages"_a, "split_k"_a,
+           "overlaps_producer"_a)
+      .def_readonly("token_tiles", &StreamConfig::token_tiles)
+      .def_readonly("row_tiles", &StreamConfig::row_tiles)
+      .def_readonly("row_blocks", &StreamConfig::row_blocks)
+      .def_readonly("warps", &StreamConfig::warps)
+      .def_readonly("stages", &StreamConfig::stages)
+      .def_readonly("split_k", &StreamConfig::split_k)
+      .def_readonly("overlaps_producer", &StreamConfig::overlaps_producer);
+  const auto sizes = [](int64_t M, int64_t N, int64_t K, int bits, int groups_per_block, bool has_zeros,
+                        bool batch_invariant) {
+    Wna16PanelsParams p;
+    p.M = M;
+    p.N = N;
+    p.K = K;
+    p.x_stride = K;
+    p.column_blocks = (K + 127) / 128;
+    p.bits = bits;
+    p.groups_per_block = groups_per_block;
+    p.has_zeros = has_zeros;
+    p.batch_invariant = batch_invariant;
+    return p;
+  };
+  m.def(
+      "choose_wna16_stream",
+      [sizes](int64_t M, int64_t N, int64_t K, int bits, int groups_per_block, bool has_zeros,
+              bool batch_invariant, const qsun::DeviceProps& props) {
+        return qsun::choose_stream(sizes(M, N, K, bits, groups_per_block, has_zeros, batch_invariant), props);
+      },
+      "M"_a, "N"_a, "K"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a, "batch_invariant"_a, "props"_a);
+  m.def(
+      "describe_wna16_panels",
+      [sizes](int64_t M, int64_t N, int64_t K, int bits, int groups_per_block, bool has_zeros,
+              bool batch_invariant, const qsun::DeviceProps& props) {
+        return qsun::describe(sizes(M, N, K, bits, groups_per_block, has_zeros, batch_invariant), props);
+      },
+      "M"_a, "N"_a, "K"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a, "batch_invariant"_a, "props"_a);
+  m.def(
+      "wna16_panels",
+      [](const StreamConfig* config, uintptr_t x, uintptr_t panels, uintptr_t perm, uintptr_t bias,
+         uintptr_t residual, uintptr_t out, int64_t M, int64_t N, int64_t K, int64_t column_blocks,
+         int64_t x_stride, int64_t residual_stride, int64_t out_stride, int bits, int groups_per_block,
+         bool has_zeros, bool gate_up, bool batch_invariant, bool prefetch_weights, int dtype, int device,
+         uintptr_t stream) {
+        Wna16PanelsParams p;
+        p.x = pointer(x);
+        p.panels = pointer<uint8_t>(panels);
+        p.perm = pointer<int32_t>(perm);
+        p.bias = pointer(bias);
+        p.residual = pointer(residual);
+        p.out = pointer(out);
+        p.M = M;
+        p.N = N;
+        p.K = K;
+        p.column_blocks = column_blocks;
+        p.x_stride = x_stride;
+        p.residual_stride = residual_stride;
+        p.out_stride = out_stride;
+        p.bits = bits;
+        p.groups_per_block = groups_per_block;
+        p.has_zeros = has_zeros;
+        p.gate_up = gate_up;
+        p.batch_invariant = batch_invariant;
+        p.prefetch_weights = prefetch_weights;
+        place(p, dtype, device, stream);
+        check(config == nullptr ? qsun::wna16_panels(p) : qsun::wna16_panels(p, *config));
+      },
+      "config: a StreamConfig to run as told by the streaming kernel, or None.", "config"_a.none(true), "x"_a,
+      "panels"_a, "perm"_a, "bias"_a, "residual"_a, "out"_a, "M"_a, "N"_a, "K"_a, "column_blocks"_a,
+      "x_stride"_a, "residual_stride"_a, "out_stride"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a,
+      "gate_up"_a, "batch_invariant"_a, "prefetch_weights"_a, "dtype"_a, "device"_a, "stream"_a);
+}
+
 void bind_wna16(py::module_& m) {
   using qsun::Wna16LinearConfig;
   using qsun::Wna16LinearParams;
@@ -167,6 +250,7 @@ void bind_wna16(py::module_& m) {
       "x"_a, "qweight"_a, "scales"_a, "qzeros"_a, "g_idx"_a, "bias"_a, "residual"_a, "out"_a, "M"_a, "N"_a,
       "K"_a, "x_stride"_a, "residual_stride"_a, "out_stride"_a, "bits"_a, "group_size"_a, "dtype"_a,
       "device"_a, "stream"_a);
+  bind_panels(m);
   m.def(
       "dequantize",
       [](uintptr_t qweight, uintptr_t scales, uintptr_t qzeros, uintptr_t g_idx, uintptr_t out, int64_t N,

@@ -40,6 +40,33 @@ class Wna16LinearConfig:
     @property
     def grid_m(self) -> int: ...
 
+class StreamConfig:
+    def __init__(
+        self,
+        *,
+        token_tiles: int,
+        row_tiles: int,
+        row_blocks: int,
+        warps: int,
+        stages: int,
+        split_k: int,
+        overlaps_producer: bool,
+    ) -> None: ...
+    @property
+    def token_tiles(self) -> int: ...
+    @property
+    def row_tiles(self) -> int: ...
+    @property
+    def row_blocks(self) -> int: ...
+    @property
+    def warps(self) -> int: ...
+    @property
+    def stages(self) -> int: ...
+    @property
+    def split_k(self) -> int: ...
+    @property
+    def overlaps_producer(self) -> bool: ...
+
 class PagedAttentionDecodeConfig:
     @property
     def head_tile(self) -> int: ...
@@ -79,6 +106,51 @@ def wna16_linear(
     out_stride: int,
     bits: int,
     group_size: int,
+    dtype: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def choose_wna16_stream(
+    M: int,
+    N: int,
+    K: int,
+    bits: int,
+    groups_per_block: int,
+    has_zeros: bool,
+    batch_invariant: bool,
+    props: DeviceProps,
+) -> StreamConfig: ...
+def describe_wna16_panels(
+    M: int,
+    N: int,
+    K: int,
+    bits: int,
+    groups_per_block: int,
+    has_zeros: bool,
+    batch_invariant: bool,
+    props: DeviceProps,
+) -> str: ...
+def wna16_panels(
+    config: StreamConfig | None,
+    x: int,
+    panels: int,
+    perm: int,
+    bias: int,
+    residual: int,
+    out: int,
+    M: int,
+    N: int,
+    K: int,
+    column_blocks: int,
+    x_stride: int,
+    residual_stride: int,
+    out_stride: int,
+    bits: int,
+    groups_per_block: int,
+    has_zeros: bool,
+    gate_up: bool,
+    batch_invariant: bool,
+    prefetch_weights: bool,
     dtype: int,
     device: int,
     stream: int,

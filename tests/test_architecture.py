@@ -109,9 +109,11 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "qsun_kernels.backends.problems": ("qsun_kernels.quant", "qsun_kernels.errors"),
     "qsun_kernels.backends.cuda": (
         "qsun_kernels.backends.problems",
+        "qsun_kernels.backends.panels",
         "qsun_kernels.quant",
         "qsun_kernels.errors",
     ),
+    "qsun_kernels.backends.panels": ("qsun_kernels.quant",),
     "qsun_kernels.backends.triton": (
         "qsun_kernels.backends.problems",
         "qsun_kernels.quant",

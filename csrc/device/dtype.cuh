@@ -4,6 +4,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstdint>
+#include <cstring>
+
 #include "qsun/types.h"
 
 namespace qsun {
@@ -26,6 +29,15 @@ __device__ __forceinline__ __half from_float<__half>(float value) {
 template <>
 __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
   return __float2bfloat16_rn(value);
+}
+
+// The bits of a 16-bit float.
+template <typename T>
+__device__ __forceinline__ uint16_t bits_of(T value) {
+  static_assert(sizeof(T) == sizeof(uint16_t));
+  uint16_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  return bits;
 }
 
 template <typename T>

@@ -19,15 +19,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qsun_kernels.backends.panels import BLOCK_COLUMNS, pack_panels
 from qsun_kernels.backends.problems import (
     ApplyRopeProblem,
     DequantizeProblem,
     Implementation,
     LinearImplementation,
+    LinearOperator,
     PagedAttentionDecodeProblem,
     PreparedWeight,
     RmsNormProblem,
     SiluAndMulProblem,
+    Wna16GateUpSiluProblem,
     Wna16Problem,
     WriteKvCacheProblem,
 )
@@ -45,7 +48,13 @@ else:
 __all__ = ["IMPLEMENTATIONS", "build_info", "covers", "unavailable"]
 
 ROWS_LAYOUT = "cuda.rows"
-"""(qweight, scales[, qzeros][, g_idx]) as in PackedWeight."""
+"""(qweight, scales[, qzeros][, g_idx]) as in PackedWeight, for float32. The others: backends/panels.py."""
+
+PANEL_DTYPES = (torch.float16, torch.bfloat16)
+"""Activations that the tensor cores take."""
+
+_GATHERED_BEFORE = 16
+"""Above this many rows of x, act-order columns are gathered by a kernel of their own."""
 
 _DTYPE_CODES: Mapping[torch.dtype, int] = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """qsun::DType in csrc/include/qsun/types.h."""
@@ -165,22 +174,126 @@ def _supports_linear(problem: Wna16Problem | DequantizeProblem) -> str | None:
 
 
 def _describe_linear(problem: Wna16Problem) -> str:
-    gather = ", group by group index" if problem.has_g_idx else ""
-    return f"wna16_rows<{problem.bits} bits>: a warp streams two weight rows, up to 8 tokens at once{gather}"
+    if problem.dtype == torch.float32:
+        gather = ", group by group index" if problem.has_g_idx else ""
+        return (
+            f"wna16_rows<{problem.bits} bits>: a warp streams two weight rows, up to 8 tokens at once{gather}"
+        )
+    gather = ", x gathered by column" if problem.has_g_idx else ""
+    return f"panels of {problem.bits} bits: streamed for few tokens, wgmma for many on sm_90a{gather}"
+
+
+def _supports_gate_up(problem: Wna16GateUpSiluProblem) -> str | None:
+    if problem.dtype not in PANEL_DTYPES:
+        return f"dtype is {problem.dtype}, expected one of {', '.join(map(str, PANEL_DTYPES))}"
+    return _refuse(problem.device, dtype=problem.dtype)
+
+
+def _describe_gate_up(problem: Wna16GateUpSiluProblem) -> str:
+    return f"{_describe_linear(problem.linear)}; silu(gate) * up before the one rounding"
 
 
 def _prepare(packed: PackedWeight, dtype: torch.dtype) -> PreparedWeight:
-    return PreparedWeight(packed.spec, packed.N, packed.K, dtype, "cuda", ROWS_LAYOUT, packed.tensors)
+    if dtype not in PANEL_DTYPES:
+        return PreparedWeight(packed.spec, packed.N, packed.K, dtype, "cuda", ROWS_LAYOUT, packed.tensors)
+    return _prepare_panels(packed, dtype, "wna16_linear")
+
+
+def _prepare_gate_up(packed: PackedWeight, dtype: torch.dtype) -> PreparedWeight:
+    return _prepare_panels(packed, dtype, "wna16_gate_up_silu")
+
+
+def _prepare_panels(packed: PackedWeight, dtype: torch.dtype, operator: LinearOperator) -> PreparedWeight:
+    panels = pack_panels(packed, dtype, gate_up=operator == "wna16_gate_up_silu")
+    if packed.device.type == "cuda":
+        # Kernels read weights ahead of the stream's order, so what writes them has to have ended.
+        torch.cuda.current_stream(packed.device).synchronize()
+    return PreparedWeight(
+        packed.spec, packed.N, packed.K, dtype, "cuda", panels.layout, panels.tensors, operator
+    )
 
 
 def _wna16_linear(
-    x: Tensor, weight: PreparedWeight, bias: Tensor | None, residual: Tensor | None, out: Tensor | None
+    x: Tensor,
+    weight: PreparedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor | None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """x (M, K) -> (M, N), into `out` when that is given."""
-    M, N, K, spec = x.shape[0], weight.N, weight.K, weight.spec
     if out is None:
-        out = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    tensors = weight.tensors
+        out = torch.empty((x.shape[0], weight.N), dtype=x.dtype, device=x.device)
+    if weight.layout == ROWS_LAYOUT:
+        # The tile that a row of x is in does not change the order in which its products are added.
+        _launch_rows(x, weight, bias, residual, out)
+    else:
+        _launch_panels(x, weight, bias, residual, out, batch_invariant)
+    return out
+
+
+def _wna16_gate_up_silu(x: Tensor, weight: PreparedWeight, out: Tensor | None) -> Tensor:
+    """x (M, K) -> (M, N / 2), into `out` when that is given."""
+    if out is None:
+        out = torch.empty((x.shape[0], weight.N // 2), dtype=x.dtype, device=x.device)
+    _launch_panels(x, weight, None, None, out, False)
+    return out
+
+
+def _launch_panels(
+    x: Tensor,
+    weight: PreparedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+    batch_invariant: bool,
+    config: _C.StreamConfig | None = None,
+) -> None:
+    """config: how to run the streaming kernel, for tests and tuning; by default the library chooses."""
+    spec, panels = weight.spec, weight.tensors[0]
+    perm = weight.tensors[1] if len(weight.tensors) == 2 else None
+    if perm is not None and x.shape[0] > _GATHERED_BEFORE and not batch_invariant and config is None:
+        # The copy engine, which feeds the kernel for many tokens, cannot gather.
+        x, perm = _gathered(x, perm), None
+    group = 32 if weight.layout.endswith("32") else spec.group_size
+    device = x.get_device()
+    _C.wna16_panels(
+        config,
+        x.data_ptr(),
+        panels.data_ptr(),
+        _address(perm),
+        _address(bias),
+        _address(residual),
+        out.data_ptr(),
+        x.shape[0],
+        weight.N,
+        x.shape[1],
+        panels.shape[1],
+        x.stride(0),
+        _row_stride(residual),
+        out.stride(0),
+        spec.bits,
+        1 if group == "channel" else BLOCK_COLUMNS // group,
+        not spec.symmetric,
+        weight.operator == "wna16_gate_up_silu",
+        batch_invariant,
+        True,
+        _DTYPE_CODES[x.dtype],
+        device,
+        _stream(device),
+    )
+
+
+def _gathered(x: Tensor, perm: Tensor) -> Tensor:
+    """x with its columns as the weight stores them: (M, len(perm)), zero where perm is -1."""
+    columns = torch.where(perm < 0, x.shape[1], perm)
+    return torch.nn.functional.pad(x, (0, 1)).index_select(1, columns)
+
+
+def _launch_rows(
+    x: Tensor, weight: PreparedWeight, bias: Tensor | None, residual: Tensor | None, out: Tensor
+) -> None:
+    spec, tensors = weight.spec, weight.tensors
     qzeros = None if spec.symmetric else tensors[2]
     g_idx = tensors[-1] if len(tensors) == (3 if spec.symmetric else 4) else None
     device = x.get_device()
@@ -193,9 +306,9 @@ def _wna16_linear(
         _address(bias),
         _address(residual),
         out.data_ptr(),
-        M,
-        N,
-        K,
+        x.shape[0],
+        weight.N,
+        weight.K,
         x.stride(0),
         _row_stride(residual),
         out.stride(0),
@@ -205,7 +318,6 @@ def _wna16_linear(
         device,
         _stream(device),
     )
-    return out
 
 
 def _dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -446,6 +558,9 @@ def _apply_rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tup
 IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
     {
         "wna16_linear": LinearImplementation(_supports_linear, _wna16_linear, _describe_linear, _prepare),
+        "wna16_gate_up_silu": LinearImplementation(
+            _supports_gate_up, _wna16_gate_up_silu, _describe_gate_up, _prepare_gate_up
+        ),
         "dequantize": Implementation(
             _supports_linear, _dequantize, _always("dequantize: a thread rebuilds 8 weights")
         ),

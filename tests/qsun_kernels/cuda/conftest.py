@@ -3,14 +3,19 @@
 The emulator compiles the sources of csrc, unchanged, with a C++ compiler (see emulator/cuda_runtime.h) and an
 undefined-behaviour sanitizer that ends the process at a misaligned access. So the same tests check the same
 kernels on a machine without a GPU; what only a GPU can show is marked `gpu` alone.
+
+The emulated GPU is of compute capability 9.0, or what QSUN_EMULATOR_CAPABILITY says (8.0); `emulated_kernels`
+takes 1 as its parameter for a second device, which is always of 8.0.
 """
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -28,6 +33,10 @@ from qsun_kernels.backends import cuda
 
 ROOT = Path(__file__).resolve().parents[3]
 EMULATOR = Path(__file__).resolve().parent / "emulator"
+# Folders of the project in which the emulator's build looks for headers, the emulator's stand-ins first.
+HEADERS = (EMULATOR, ROOT / "csrc", ROOT / "csrc" / "include")
+# On wgmma and tensor maps, which are not emulated: emulator/not_emulated.cpp stands in.
+NOT_EMULATED = ("csrc/wna16/**/*sm90*.cu", "csrc/runtime/tensor_map.cpp")
 SANITIZERS = "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-w", "-fvisibility=hidden", "-include", "cuda_runtime.h"]
 FLAGS += [SANITIZERS, "-fno-sanitize-recover=all"]
@@ -74,41 +83,49 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def emulated_kernels(emulated_extension: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Kernels:
-    """The launchers on the emulated binding, with tensors on the CPU."""
-    monkeypatch.setattr(cuda, "_C", OnDevice(emulated_extension), raising=False)
+def emulated_kernels(
+    request: pytest.FixtureRequest, emulated_extension: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> Kernels:
+    """The launchers on the emulated binding, with tensors on the CPU. Parameter: the device, 0 or 1."""
+    device = getattr(request, "param", 0)
+    monkeypatch.setattr(cuda, "_C", OnDevice(emulated_extension, device), raising=False)
     monkeypatch.setattr(cuda, "_stream", lambda index: 0)
-    monkeypatch.setattr(cuda, "_device_props", lambda index: emulated_extension.device_info(0))
+    monkeypatch.setattr(cuda, "_device_props", lambda index: emulated_extension.device_info(device))
     return Kernels(torch.device("cpu"), False)
 
 
 class OnDevice:
-    """The emulated binding, whose only device is 0; CPU tensors say -1."""
+    """The emulated binding on one of its devices; CPU tensors say -1."""
 
-    def __init__(self, module: ModuleType) -> None:
+    def __init__(self, module: ModuleType, device: int) -> None:
         self._module = module
+        self._device = device
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         function = getattr(self._module, name)
-        if name not in cuda.IMPLEMENTATIONS:
+        if name not in cuda.IMPLEMENTATIONS and name != "wna16_panels":
             return function
-        return lambda *arguments: function(*arguments[:-2], 0, arguments[-1])
+        return lambda *arguments: function(*arguments[:-2], self._device, arguments[-1])
 
 
 @pytest.fixture(scope="session")
 def emulated_extension() -> Iterator[ModuleType]:
     """csrc as a Python module that runs on the CPU."""
-    toolkit = toolkit_headers()
-    if toolkit is None:
-        pytest.skip("needs the headers of the CUDA toolkit (cuda_fp16.h)")
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++")
-    library = build_emulator(toolkit)
+    sources = {path for pattern in ("*.cu", "*.cpp") for path in ROOT.glob(f"csrc/**/{pattern}")}
+    sources -= {path for pattern in NOT_EMULATED for path in ROOT.glob(pattern)}
+    library = build_emulated("_C", sources)
     spec = importlib.util.spec_from_file_location("_C", library)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield module
+
+
+@pytest.fixture(scope="session")
+def emulated_instructions() -> ctypes.CDLL:
+    """emulator/instructions.cu: small kernels that test the emulator itself."""
+    sources = {EMULATOR / "instructions.cu", ROOT / "csrc" / "runtime" / "launch.cpp"}
+    return ctypes.CDLL(str(build_emulated("instructions", sources)))
 
 
 def toolkit_headers() -> Path | None:
@@ -121,36 +138,59 @@ def toolkit_headers() -> Path | None:
     return next((folder for folder in candidates if (folder / "cuda_fp16.h").exists()), None)
 
 
-def build_emulator(toolkit: Path) -> Path:
-    """Compile csrc for the emulator, once for every state of the sources, under build/."""
+def build_emulated(name: str, sources: set[Path]) -> Path:
+    """Compile sources with the emulator into a library under build/: what changed since the last time."""
     import pybind11
 
-    sources = sorted([*ROOT.glob("csrc/**/*.cu"), *ROOT.glob("csrc/**/*.cpp"), EMULATOR / "emulator.cpp"])
-    everything = [*sources, *ROOT.glob("csrc/**/*.cuh"), *ROOT.glob("csrc/**/*.h"), *EMULATOR.glob("*.h")]
-    digest = hashlib.sha256(repr((FLAGS, str(toolkit), sysconfig.get_config_var("EXT_SUFFIX"))).encode())
-    for path in sorted(everything):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
-    folder = ROOT / "build" / "emulator" / digest.hexdigest()[:16]
+    toolkit = toolkit_headers()
+    if toolkit is None:
+        pytest.skip("needs the headers of the CUDA toolkit (cuda_fp16.h)")
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    outside = (toolkit, Path(sysconfig.get_path("include")), Path(pybind11.get_include()))
+    flags = [*FLAGS, *DEFINITIONS, *(f"-I{path}" for path in (*HEADERS, *outside))]
+    folder = ROOT / "build" / "emulator"
     folder.mkdir(parents=True, exist_ok=True)
-    library = folder / "_C.so"
-    includes = [EMULATOR, ROOT / "csrc", ROOT / "csrc" / "include", toolkit]
-    includes += [Path(sysconfig.get_path("include")), Path(pybind11.get_include())]
-    flags = [*FLAGS, *DEFINITIONS, *(f"-I{path}" for path in includes)]
 
-    def compiled(source: Path) -> str:
-        output = folder / (source.relative_to(ROOT).as_posix().replace("/", ".") + ".o")
-        run_compiler(["g++", *flags, "-x", "c++", "-c", str(source), "-o", str(output)])
-        return str(output)
+    def compiled(source: Path) -> Path:
+        output = folder / f"{source.stem}-{digest_of(source, flags)}.o"
+        if not output.exists():
+            unfinished = output.with_suffix(".unfinished")
+            run_compiler(["g++", *flags, "-x", "c++", "-c", str(source), "-o", str(unfinished)])
+            unfinished.rename(output)
+        return output
 
     with (folder / "lock").open("w") as lock:  # test workers are processes of their own
         fcntl.flock(lock, fcntl.LOCK_EX)
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            objects = list(pool.map(compiled, sorted({*sources, *EMULATOR.glob("*.cpp")})))
+        digest = hashlib.sha256(repr([path.name for path in objects]).encode()).hexdigest()[:16]
+        library = folder / digest / f"{name}.so"
         if not library.exists():
-            with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-                objects = list(pool.map(compiled, sources))
-            unfinished = folder / "unfinished.so"
-            run_compiler(["g++", SANITIZERS, "-static-libubsan", "-shared", "-o", str(unfinished), *objects])
+            library.parent.mkdir(exist_ok=True)
+            unfinished = library.with_suffix(".unfinished")
+            command = ["g++", SANITIZERS, "-static-libubsan", "-shared", "-o", str(unfinished)]
+            run_compiler([*command, *map(str, objects)])
             unfinished.rename(library)
     return library
+
+
+def digest_of(source: Path, flags: list[str]) -> str:
+    """Changes when the flags change, or the source, or a header of the project that it includes."""
+    digest = hashlib.sha256(repr((flags, sysconfig.get_config_var("EXT_SUFFIX"))).encode())
+    found = {source, EMULATOR / "cuda_runtime.h"}
+    unread = sorted(found)
+    while unread:
+        path = unread.pop()
+        text = path.read_bytes()
+        digest.update(path.relative_to(ROOT).as_posix().encode() + text)
+        for name in re.findall(rb'#include "([^"]+)"', text):
+            folders = (path.parent, *HEADERS)
+            header = next((at for at in (folder / name.decode() for folder in folders) if at.exists()), None)
+            if header is not None and header not in found:
+                found.add(header)
+                unread.append(header)
+    return digest.hexdigest()[:16]
 
 
 def run_compiler(command: list[str]) -> None:

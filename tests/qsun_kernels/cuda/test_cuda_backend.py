@@ -14,6 +14,7 @@ from qsun_kernels.backends.problems import (
     PagedAttentionDecodeProblem,
     RmsNormProblem,
     SiluAndMulProblem,
+    Wna16GateUpSiluProblem,
     Wna16Problem,
     WriteKvCacheProblem,
 )
@@ -106,6 +107,7 @@ def test_unavailable_for_another_architecture(monkeypatch) -> None:
 
 
 SUPPORTED = [
+    Wna16GateUpSiluProblem(34, 33, 4, 64, False, True, HALF, GPU),
     Wna16Problem(17, 33, 3, "channel", False, True, HALF, GPU),
     DequantizeProblem(17, 33, 2, 32, True, False, torch.float32, GPU),
     PagedAttentionDecodeProblem(9, 3, 80, 16, None, HALF, HALF, GPU),
@@ -158,6 +160,10 @@ def test_supported_problems(monkeypatch, problem) -> None:
             "kv_dtype is torch.bfloat16, expected that of q (torch.float16)",
         ),
         (Wna16Problem(8, 8, 4, 32, True, False, torch.int8, GPU), "dtype is torch.int8, expected one of"),
+        (
+            Wna16GateUpSiluProblem(8, 8, 4, 32, True, False, torch.float32, GPU),
+            "dtype is torch.float32, expected one of torch.float16, torch.bfloat16",
+        ),
     ],
 )
 def test_refused_problems(monkeypatch, problem, reason) -> None:
@@ -171,7 +177,9 @@ def test_every_operator_is_there() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("problem", SUPPORTED, ids=lambda problem: problem.operator)
-def test_a_gpu_takes_this_backend_by_itself(problem) -> None:
-    from qsun_kernels.backends.dispatch import select
+def test_a_gpu_takes_the_preferred_backend_by_itself(problem) -> None:
+    from qsun_kernels.backends.dispatch import passed_over, preference, select
 
-    assert select(problem).backend == "cuda"
+    assert passed_over("cuda", problem) is None
+    assert select(problem, "cuda").backend == "cuda"
+    assert select(problem).backend == preference(problem.operator)[0]

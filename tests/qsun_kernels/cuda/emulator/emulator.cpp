@@ -1,204 +1,115 @@
-// The scheduler of the emulated GPU. QSUN_EMULATOR_ORDER picks which fiber goes first between two barriers:
-// forward (default), reverse, or a number that seeds a random order. A kernel that is right gives the same
-// bits for all.
-#include <cuda_runtime.h>
-#include <ucontext.h>
-
-#include <algorithm>
-#include <cstdio>
+// The runtime's functions. Device 0 is a GPU of the compute capability that QSUN_EMULATOR_CAPABILITY says
+// (9.0, the default, or 8.0); device 1 is one of 8.0.
 #include <cstdlib>
-#include <memory>
-#include <random>
+#include <map>
+#include <stdexcept>
 #include <string>
-#include <vector>
+#include <utility>
 
-uint3 threadIdx, blockIdx;
-dim3 blockDim, gridDim;
+#include "machine.h"
 
 namespace emulator {
 
 namespace {
 
-constexpr size_t kStackBytes = 256 * 1024;
-constexpr int kLanes = 32;
-constexpr int kMaxShuffleBytes = 16;
+constexpr int kDevices = 2;
+constexpr size_t kSharedBytes = 48 * 1024;  // of a kernel that did not ask for more
 
-enum class State { kReady, kAtBarrier, kAtExchange, kDone };
-
-struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
-  State state = State::kDone;
-  uint3 index = {};
-  int exchanges = 0;  // so far: neighbours in number use different slots
+struct Kernel {
+  size_t shared_bytes = kSharedBytes;
+  bool any_cluster = false;  // of more than 8 blocks
 };
 
-struct LaneSlot {
-  char value[2][kMaxShuffleBytes];
-};
+std::map<std::pair<const void*, int>, Kernel> kernels;  // and devices that attributes were set for
+int current_device = 0;
+std::string error_text;
 
-std::vector<Fiber> fibers;
-std::vector<LaneSlot> slots;
-ucontext_t scheduler;
-int current = 0;
-const std::function<void()>* body = nullptr;
-std::string failure;
-
-void enter() {
-  (*body)();
-  fibers[current].state = State::kDone;
-  swapcontext(&fibers[current].context, &scheduler);
+int capability_major(int device) {
+  const char* setting = device == 0 ? std::getenv("QSUN_EMULATOR_CAPABILITY") : "8.0";
+  const std::string capability = setting == nullptr ? "9.0" : setting;
+  if (capability != "8.0" && capability != "9.0") {
+    throw std::invalid_argument("QSUN_EMULATOR_CAPABILITY is " + capability + "; expected 8.0 or 9.0");
+  }
+  return capability == "8.0" ? 8 : 9;
 }
 
-void wait(State state) {
-  fibers[current].state = state;
-  swapcontext(&fibers[current].context, &scheduler);
+int most_shared_bytes(int device) { return capability_major(device) == 8 ? 163 * 1024 : 227 * 1024; }
+
+cudaError_t read_attributes(const cudaLaunchConfig_t& config, Launch* launch) {
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config.attrs[i];
+    if (capability_major(current_device) < 9) {
+      return refused(cudaErrorNotSupported, "launch attributes for clusters and overlap need sm_90");
+    }
+    if (attribute.id == cudaLaunchAttributeClusterDimension) {
+      const auto& cluster = attribute.val.clusterDim;
+      launch->cluster = dim3(cluster.x, cluster.y, cluster.z);
+    } else if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization) {
+      launch->overlaps_producer = attribute.val.programmaticStreamSerializationAllowed != 0;
+    } else {
+      return refused(cudaErrorNotSupported, "a launch attribute that the emulator does not know");
+    }
+  }
+  return cudaSuccess;
 }
 
-std::vector<int> visiting_order(int count) {
-  std::vector<int> order(count);
-  for (int i = 0; i < count; ++i) order[i] = i;
-  const char* setting = std::getenv("QSUN_EMULATOR_ORDER");
-  const std::string name = setting == nullptr ? "forward" : setting;
-  if (name == "reverse") {
-    std::reverse(order.begin(), order.end());
-  } else if (name != "forward") {
-    std::shuffle(order.begin(), order.end(), std::mt19937(static_cast<unsigned>(std::stoul(name))));
+cudaError_t check(const Launch& launch, size_t shared_bytes, const Kernel& kernel) {
+  const dim3 grid = launch.grid, block = launch.block, cluster = launch.cluster;
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || threads == 0 || threads > 1024 || grid.x > 2147483647u ||
+      grid.y > 65535 || grid.z > 65535) {
+    return refused(cudaErrorInvalidConfiguration, "invalid grid or block");
   }
-  return order;
-}
-
-// Lets waiting fibers go on where everyone they wait for has arrived. False: nobody can go on.
-bool release(int count) {
-  bool released = false;
-  int at_barrier = 0, done = 0;
-  for (int i = 0; i < count; ++i) {
-    at_barrier += fibers[i].state == State::kAtBarrier;
-    done += fibers[i].state == State::kDone;
+  if (shared_bytes > kernel.shared_bytes) {
+    return refused(cudaErrorInvalidValue, std::to_string(shared_bytes) +
+                                              " bytes of dynamic shared memory; the kernel is allowed " +
+                                              std::to_string(kernel.shared_bytes));
   }
-  if (at_barrier > 0 && at_barrier + done == count) {
-    for (int i = 0; i < count; ++i) {
-      if (fibers[i].state == State::kAtBarrier) fibers[i].state = State::kReady;
-    }
-    return true;
+  const uint64_t blocks = uint64_t{cluster.x} * cluster.y * cluster.z;
+  if (blocks == 0 || blocks > (kernel.any_cluster ? kMaxClusterBlocks : 8)) {
+    return refused(cudaErrorInvalidClusterSize, "a cluster of " + std::to_string(blocks) + " blocks");
   }
-  for (int warp = 0; warp * kLanes < count; ++warp) {
-    bool complete = true;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int i = warp * kLanes + lane;
-      complete = complete && i < count && fibers[i].state == State::kAtExchange;
-    }
-    if (!complete) continue;
-    for (int lane = 0; lane < kLanes; ++lane) fibers[warp * kLanes + lane].state = State::kReady;
-    released = true;
+  if (grid.x % cluster.x != 0 || grid.y % cluster.y != 0 || grid.z % cluster.z != 0) {
+    return refused(cudaErrorInvalidClusterSize, "the grid is not a whole number of clusters");
   }
-  return released;
-}
-
-extern "C" char __start_qsun_shared[];
-extern "C" char __stop_qsun_shared[];
-
-void run_block(int count) {
-  // All bits set is not a number in every floating-point type, and a large index in every integer type.
-  std::fill(__start_qsun_shared, __stop_qsun_shared, static_cast<char>(0xff));
-  for (int i = 0; i < count; ++i) {
-    Fiber& fiber = fibers[i];
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, enter, 0);
-    fiber.state = State::kReady;
-    fiber.exchanges = 0;
-    const unsigned x = i % blockDim.x, y = i / blockDim.x % blockDim.y, z = i / blockDim.x / blockDim.y;
-    fiber.index = {x, y, z};
-  }
-  const std::vector<int> order = visiting_order(count);
-  for (;;) {
-    bool ran = false;
-    for (int i : order) {
-      if (fibers[i].state != State::kReady) continue;
-      ran = true;
-      current = i;
-      threadIdx = fibers[i].index;
-      swapcontext(&scheduler, &fibers[i].context);
-      if (!failure.empty()) return;
-    }
-    if (release(count)) continue;
-    const bool all_done = std::all_of(fibers.begin(), fibers.begin() + count,
-                                      [](const Fiber& fiber) { return fiber.state == State::kDone; });
-    if (all_done) return;
-    if (!ran) {
-      failure =
-          "threads of a block wait for threads that will not come (a shuffle or barrier not reached by all)";
-      return;
-    }
-  }
+  return cudaSuccess;
 }
 
 }  // namespace
 
-void barrier() { wait(State::kAtBarrier); }
-
-void exchange(const void* mine, void* theirs, unsigned size, unsigned mask, int partner) {
-  if (mask != 0xffffffffu || size > kMaxShuffleBytes) {
-    failure = "the emulator knows shuffles of whole warps only, of at most 16 bytes";
-    wait(State::kAtExchange);
-  }
-  Fiber& fiber = fibers[current];
-  const int parity = fiber.exchanges++ % 2;
-  std::memcpy(slots[current].value[parity], mine, size);
-  wait(State::kAtExchange);
-  std::memcpy(theirs, slots[current / kLanes * kLanes + partner].value[parity], size);
+cudaError_t refused(cudaError_t error, const std::string& why) {
+  error_text = why;
+  return error;
 }
 
-void trap() {
-  failure = "trap";
-  for (;;) wait(State::kAtBarrier);
-}
-
-void run_grid(dim3 grid, dim3 block, const std::function<void()>& kernel) {
-  const int count = static_cast<int>(block.x * block.y * block.z);
-  while (static_cast<int>(fibers.size()) < count) {
-    fibers.emplace_back();
-    fibers.back().stack = std::make_unique<char[]>(kStackBytes);
-  }
-  slots.resize(fibers.size());
-  gridDim = grid;
-  blockDim = block;
-  body = &kernel;
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        blockIdx = {x, y, z};
-        run_block(count);
-        if (!failure.empty()) return;
-      }
-    }
-  }
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& call) {
+  Launch launch;
+  launch.grid = config.gridDim;
+  launch.block = config.blockDim;
+  launch.capability = capability_major(current_device);
+  launch.call = &call;
+  const auto known = kernels.find({kernel, current_device});
+  if (cudaError_t error = read_attributes(config, &launch); error != cudaSuccess) return error;
+  const Kernel limits = known == kernels.end() ? Kernel() : known->second;
+  if (cudaError_t error = check(launch, config.dynamicSmemBytes, limits); error != cudaSuccess) return error;
+  launch.shared_bytes = static_cast<int>(config.dynamicSmemBytes);
+  error_text = run(launch);
+  return error_text.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
 }  // namespace emulator
 
-cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) {
-  const dim3 grid = config.gridDim, block = config.blockDim;
-  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || threads == 0 || threads > 1024 || grid.x > 2147483647u ||
-      grid.y > 65535 || grid.z > 65535 || config.dynamicSmemBytes > 49152) {
-    return cudaErrorInvalidConfiguration;
-  }
-  emulator::failure.clear();
-  emulator::run_grid(grid, block, kernel);
-  return emulator::failure.empty() ? cudaSuccess : cudaErrorLaunchFailure;
-}
-
 extern "C" {
 
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = emulator::current_device;
   return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= emulator::kDevices) return cudaErrorInvalidDevice;
+  emulator::current_device = device;
+  return cudaSuccess;
+}
 cudaError_t cudaDriverGetVersion(int* version) {
   *version = 0;
   return cudaSuccess;
@@ -206,17 +117,40 @@ cudaError_t cudaDriverGetVersion(int* version) {
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorName(cudaError_t) { return "emulator"; }
 const char* cudaGetErrorString(cudaError_t error) {
-  if (error == cudaErrorInvalidDevice) return "the emulator has device 0 only";
-  return error == cudaErrorInvalidConfiguration ? "invalid grid or block" : emulator::failure.c_str();
+  return error == cudaErrorInvalidDevice ? "the emulator has devices 0 and 1 only"
+                                         : emulator::error_text.c_str();
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  *attributes = {};  // static shared memory is not counted
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  switch (attribute) {
+    case cudaFuncAttributeMaxDynamicSharedMemorySize:
+      if (value < 0 || value > emulator::most_shared_bytes(emulator::current_device)) {
+        return emulator::refused(cudaErrorInvalidValue, "more shared memory than a block can have");
+      }
+      emulator::kernels[{kernel, emulator::current_device}].shared_bytes = static_cast<size_t>(value);
+      return cudaSuccess;
+    case cudaFuncAttributeNonPortableClusterSizeAllowed:
+      emulator::kernels[{kernel, emulator::current_device}].any_cluster = value != 0;
+      return cudaSuccess;
+    case cudaFuncAttributePreferredSharedMemoryCarveout:
+      return cudaSuccess;
+    default:
+      return emulator::refused(cudaErrorInvalidValue, "a function attribute that the emulator does not know");
+  }
 }
 
 // A GPU of four multiprocessors: small problems then fill it, and take the paths that large ones take on a
 // large GPU.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device != 0) return cudaErrorInvalidDevice;
+  if (device < 0 || device >= emulator::kDevices) return cudaErrorInvalidDevice;
   switch (attribute) {
     case cudaDevAttrComputeCapabilityMajor:
-      *value = 8;
+      *value = emulator::capability_major(device);
       break;
     case cudaDevAttrComputeCapabilityMinor:
       *value = 0;
@@ -225,13 +159,13 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
       *value = 4;
       break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = 166912;
+      *value = emulator::most_shared_bytes(device);
       break;
     case cudaDevAttrL2CacheSize:
       *value = 1 << 20;
       break;
     default:
-      return cudaErrorInvalidValue;
+      return emulator::refused(cudaErrorInvalidValue, "a device attribute that the emulator does not know");
   }
   return cudaSuccess;
 }

@@ -1,0 +1,70 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "qsun/device.h"
+#include "qsun/export.h"
+#include "qsun/status.h"
+#include "qsun/types.h"
+
+namespace qsun {
+
+// out = x @ w.T (+ bias) (+ residual), or silu(x @ gate.T) * (x @ up.T), with a weight laid out in panels
+// (csrc/wna16/panels.h) and x of a 16-bit type. w[n, k] = (code - zero) * scale.
+struct Wna16PanelsParams {
+  const void* x = nullptr;          // (M, K) dtype, rows x_stride elements apart
+  const uint8_t* panels = nullptr;  // (ceil(N / 64), column_blocks, block_bytes), aligned to 16 bytes
+  const int32_t* perm = nullptr;    // (128 * column_blocks,): the column of x that a stored column takes, -1
+                                    // for none; null: stored columns are those of x
+  const void* bias = nullptr;       // (N,) dtype; null: none
+  const void* residual = nullptr;   // (M, N) dtype, rows residual_stride elements apart; null: none
+  void* out = nullptr;              // (M, N) dtype, or (M, N / 2) for gate_up, rows out_stride elements apart
+  int64_t M = 0;                    // 0: nothing is launched
+  int64_t N = 0;                    // rows of the weight; of gate and up together for gate_up
+  int64_t K = 0;                    // columns of x
+  int64_t column_blocks = 0;        // of 128 stored columns
+  int64_t x_stride = 0;
+  int64_t residual_stride = 0;
+  int64_t out_stride = 0;
+  int bits = 4;              // 2, 3, 4 or 8
+  int groups_per_block = 1;  // 4, 2 or 1: groups of 32, 64 or 128 columns
+  bool has_zeros = false;    // zero points are stored; else every zero is 2^(bits - 1)
+  bool gate_up = false;      // rows are gate and up, interleaved (panels.h); bias and residual must be null
+  bool batch_invariant = false;  // a row of out depends on nothing but its row of x
+  // Weights are read before the kernels that this launch depends on have ended. Set to false where one of
+  // them writes the weight.
+  bool prefetch_weights = true;
+  DType dtype = DType::kBFloat16;  // kFloat16 or kBFloat16
+  int device = 0;
+  Stream stream = nullptr;
+};
+QSUN_API std::string to_string(const Wna16PanelsParams& params);
+
+// How the kernel in csrc/wna16/stream.cuh is launched.
+struct StreamConfig {
+  int token_tiles = 1;  // of 8 tokens that a block multiplies: 1, 2, 3, 4, 6 or 8
+  int row_tiles = 4;    // of 16 weight rows that a block multiplies at most: 1, 2 or 4
+  int row_blocks = 1;   // blocks that share the weight's rows: its row tiles are dealt to them evenly
+  int warps = 8;        // of a block, 1 to 8; they take its columns in turn
+  int stages = 2;       // blocks of 128 columns that a warp has in flight or in use: 2, 3, 4 or 6
+  int split_k = 1;      // blocks of a cluster that share the columns, 1 to 8; 1 below sm_90
+  bool overlaps_producer = true;  // programmatic dependent launch; false below sm_90
+};
+QSUN_API std::string to_string(const StreamConfig& config);
+
+// Bytes of dynamic shared memory that a block takes.
+QSUN_API int stream_shared_bytes(const Wna16PanelsParams& params, const StreamConfig& config);
+
+// What runs a problem: the kernel for many tokens (csrc/wna16/gemm_sm90.cuh) or the streaming one, and how
+// the latter is launched. Pure: they depend on the sizes, the alignment of the pointers and the device alone.
+QSUN_API bool uses_gemm(const Wna16PanelsParams& params, const DeviceProps& props);
+QSUN_API StreamConfig choose_stream(const Wna16PanelsParams& params, const DeviceProps& props);
+// Both, in one line.
+QSUN_API std::string describe(const Wna16PanelsParams& params, const DeviceProps& props);
+
+QSUN_API Status wna16_panels(const Wna16PanelsParams& params);
+// By the streaming kernel, with a configuration of the caller's, which must be one that it is compiled for.
+QSUN_API Status wna16_panels(const Wna16PanelsParams& params, const StreamConfig& config);
+
+}  // namespace qsun

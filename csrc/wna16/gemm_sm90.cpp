@@ -1,0 +1,82 @@
+// Which tile of the kernel in gemm_sm90.cuh a problem gets: that of the most similar problem in a table of
+// measured ones (gemm_sm90_table.py).
+#include "wna16/gemm_sm90.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <iterator>
+
+#include "runtime/alignment.h"
+#include "runtime/launch.h"
+#include "runtime/text.h"
+#include "wna16/gemm_sm90_table.h"
+
+namespace qsun {
+
+std::string to_string(const GemmConfig& c) {
+  return Fields()
+      .add("token_tile", c.token_tile)
+      .add("warp_groups", c.warp_groups)
+      .add("split_k", c.split_k)
+      .add("stages", c.stages)
+      .str();
+}
+
+bool gemm_can_read(const Wna16PanelsParams& p) { return p.perm == nullptr && wide({p.x}, {p.x_stride * 2}); }
+
+namespace {
+
+constexpr int kReservedBytes = 1024;  // of shared memory, by the system, a block
+constexpr int kMaxStages = 8;
+constexpr int64_t kMostMeasuredTokens = 256;
+
+int64_t num_blocks(const Wna16PanelsParams& p, const GemmConfig& c) {
+  return ceil_div(ceil_div(p.N, kBlockRows), c.warp_groups) * ceil_div(p.M, c.token_tile) * c.split_k;
+}
+
+// How far two sizes are apart: powers of two.
+double distance(int64_t a, int64_t b) {
+  return std::abs(std::log2(static_cast<double>(a) / static_cast<double>(b)));
+}
+
+}  // namespace
+
+GemmConfig with_stages(GemmConfig c, const Wna16PanelsParams& p, const DeviceProps& props) {
+  // The next launch fetches its weights beside the last blocks of this one, where there is room.
+  const int64_t beside = std::min<int64_t>(ceil_div(num_blocks(p, c), props.sm_count) + 1,
+                                           gemm_blocks_per_sm(c.token_tile, c.warp_groups));
+  const int bytes = (props.shared_memory_per_block + kReservedBytes) / static_cast<int>(beside) -
+                    kReservedBytes - 2 * kBarrierBytes * kMaxStages;
+  const int stage_bytes = gemm_stage_bytes(c, block_bytes(p.bits, p.groups_per_block, p.has_zeros));
+  const int columns = static_cast<int>(std::min<int64_t>(ceil_div(p.column_blocks, c.split_k), kMaxStages));
+  c.stages = std::max(1, std::min(bytes / stage_bytes, columns));
+  return c;
+}
+
+GemmConfig choose_gemm(const Wna16PanelsParams& p, const DeviceProps& props) {
+  GemmConfig c;
+  if (p.M > kMostMeasuredTokens) {
+    // Blocks enough without a split, or almost: the largest tile reads weights least often.
+    c.token_tile = 256, c.warp_groups = 2;
+    while (c.split_k < kMaxSplit && 2 * num_blocks(p, c) <= props.sm_count &&
+           p.column_blocks >= 4 * c.split_k) {
+      c.split_k *= 2;
+    }
+    return with_stages(c, p, props);
+  }
+  // The measured matrix that is most like this one, at the next number of tokens.
+  const GemmMeasured* best = nullptr;
+  double best_distance = 0;
+  for (const GemmMeasured& one : kGemmMeasured) {
+    if (one.M < p.M) continue;
+    // Tokens count for little, but decide between entries of one matrix.
+    const double far = distance(one.K, p.K) + distance(one.N, p.N) + 1e-3 * distance(one.M, p.M);
+    if (best == nullptr || far < best_distance) best = &one, best_distance = far;
+  }
+  c.token_tile = best->token_tile, c.warp_groups = best->warp_groups;
+  c.split_k = static_cast<int>(std::min<int64_t>(best->split_k, p.column_blocks));
+  return with_stages(c, p, props);
+}
+
+}  // namespace qsun

@@ -1,0 +1,582 @@
+// x (M, K) times a panel weight, for many tokens, on the tensor cores of sm_90a.
+//
+//   a block: 64 * kWarpGroups weight rows x kTokens tokens of out^T
+//
+//                 columns, blocks of 128, split over split_k blocks of a cluster
+//               | b0 | b1 | b2 | ...                      x^T: kTokens rows of 2 x 64 columns
+//   warp group 0|    |    |    |   64 rows                +---+---+---
+//   warp group 1|    |    |    |   64 rows          b0 -> | h0| h1|
+//                                                         +---+---+---
+//
+// One thread (of the last warp) keeps the copy engine busy with a ring of stages, each with one column block:
+// whole panel blocks, which are contiguous, and two boxes of x. Each warp group takes the codes of its 64
+// rows to registers, makes 16-bit weights (code - zero) * scale of them, rounded once, and gives them to
+// wgmma as operand A while the products before still run; x is operand B where the copy engine put it. So a
+// weight is read from memory once, from shared memory once, and never written as 16 bits.
+//
+// What binds below some 100 tokens is the rate at which a scheduler issues instructions: 4 bits take 15 for
+// the 256 weights of a warp's product. All else is kept out of the loop: a stage has one barrier to wait at
+// and one to release, and what can be is a constant.
+//
+// Weights do not depend on the kernel before: their ring is filled before wait_for_producers(). The sums of a
+// cluster's blocks are added through shared memory in a fixed order.
+#pragma once
+
+#include <iterator>
+#include <type_traits>
+
+#include "device/async_copy.cuh"
+#include "device/bulk_copy.cuh"
+#include "device/cluster.cuh"
+#include "device/dependent_launch.cuh"
+#include "device/dtype.cuh"
+#include "device/panel_codes.cuh"
+#include "device/vector.cuh"
+#include "device/wgmma.cuh"
+#include "runtime/alignment.h"
+#include "runtime/launch.h"
+#include "runtime/tensor_map.h"
+#include "wna16/gemm_sm90.h"
+#include "wna16/panels.h"
+
+namespace qsun {
+namespace {
+
+constexpr int kWarpLanes = 32;
+constexpr int kGroupWarps = 4;  // of a warp group
+constexpr int kGroupThreads = kGroupWarps * kWarpLanes;
+constexpr int kUnit = 8;  // neighbouring elements of out that a thread writes at once
+
+// One thread of the last warp, or warp group, copies. A warp costs the registers of one more in a quarter of
+// the multiprocessor; where that is too much, a whole group that gives its registers to the others.
+template <int kBits, int kTokens>
+constexpr int kCopyWarps = kTokens >= 128 || (kTokens == 96 && kBits == 8) ? kGroupWarps : 1;
+template <int kBits, int kTokens, int kWarpGroups>
+constexpr int kGemmThreads = kWarpGroups * kGroupThreads + kCopyWarps<kBits, kTokens> * kWarpLanes;
+constexpr int kCopyRegisters = 32;
+template <int kTokens, int kWarpGroups>
+constexpr int kProductRegisters = kWarpGroups == 4 ? 112
+                                  : kTokens <= 96  ? 104
+                                                   : 232;
+
+template <int kTokens>
+constexpr int kXBytes = kTokens * kBlockColumns * 2;  // of a stage
+
+// Products of 16 columns in a group, of which two are in registers: one is multiplied while the next is made.
+// More take registers that the blocks beside one another (gemm_blocks_per_sm) do not leave.
+template <int kBits, int kTokens>
+constexpr int kGroupSteps =
+    kTokens == 32 || kTokens == 96 || kTokens == 128 || (kBits == 8 && kTokens < 128) ? 2 : 4;
+
+struct GemmArguments {
+  Wna16PanelsParams p;
+  int tile_bytes;
+  int block_bytes;
+  int row_blocks;
+  int split_k;
+  int part_blocks;  // column blocks of each of the split_k parts;
+  int extra_parts;  // the first ones have one more
+  int stages;
+  int barrier_offset;
+  int scale_offsets[4];  // bytes from a row's first scale to that of 32 columns; half of it for zero points
+  bool weights_read_once;
+  bool wide;  // out, bias and residual can be accessed 16 bytes at a time
+};
+
+#if QSUN_HAS_WGMMA
+
+// What this block computes.
+struct Place {
+  int rank;               // in the cluster: which part of the columns
+  int row_block;          // its first
+  int token;              // its first
+  int column_block;       // its first
+  int num_column_blocks;  // at least one
+
+  // Clusters with the same rows of the weight are neighbours: they read it from memory once.
+  __device__ __forceinline__ Place(const GemmArguments& a, int warp_groups, int tokens) {
+    rank = a.split_k > 1 ? rank_in_cluster() : 0;
+    row_block = static_cast<int>(blockIdx.y) * warp_groups;
+    token = (a.split_k > 1 ? cluster_index() : static_cast<int>(blockIdx.x)) * tokens;
+    column_block = a.part_blocks * rank + min(rank, a.extra_parts);
+    num_column_blocks = a.part_blocks + (rank < a.extra_parts ? 1 : 0);
+  }
+};
+
+// Addresses in shared memory. A stage is full when its weights and its x have come, empty when every warp
+// that multiplies has released it.
+struct Memory {
+  uint32_t x, weights;   // the rings
+  uint32_t full, empty;  // barriers, one a stage
+
+  __device__ __forceinline__ Memory(const GemmArguments& a, int x_bytes) {
+    x = shared_address(dynamic_shared());
+    weights = x + a.stages * x_bytes;
+    full = x + a.barrier_offset;
+    empty = full + a.stages * kBarrierBytes;
+  }
+};
+
+// The copying thread's work.
+template <int kTokens, int kWarpGroups>
+struct Copies {
+  const GemmArguments& a;
+  const CUtensorMap* x_map;
+  const Memory& memory;
+  uint64_t policy;
+  const uint8_t* sources[kWarpGroups];  // next block of each row block
+  int column, token;                    // of x: next, first
+
+  __device__ __forceinline__ Copies(const GemmArguments& a, const CUtensorMap* x_map, const Place& place,
+                                    const Memory& memory)
+      : a(a), x_map(x_map), memory(memory), policy(evict_first_policy()) {
+#pragma unroll
+    for (int i = 0; i < kWarpGroups; ++i) {
+      // Past the last row: any rows, whose sums are not stored.
+      const int64_t row_block = min(place.row_block + i, a.row_blocks - 1);
+      sources[i] = a.p.panels + (row_block * a.p.column_blocks + place.column_block) * a.block_bytes;
+    }
+    column = place.column_block * kBlockColumns;
+    token = place.token;
+  }
+
+  __device__ __forceinline__ void weights(int stage) {
+    const uint32_t full = memory.full + stage * kBarrierBytes;
+    arrive_expecting(full, kWarpGroups * a.block_bytes);
+    uint32_t target = memory.weights + stage * kWarpGroups * a.block_bytes;
+#pragma unroll
+    for (int i = 0; i < kWarpGroups; ++i) {
+      if (a.weights_read_once) {
+        copy_bulk_streamed(target, sources[i], a.block_bytes, full, policy);
+      } else {
+        copy_bulk(target, sources[i], a.block_bytes, full);
+      }
+      sources[i] += a.block_bytes;
+      target += a.block_bytes;
+    }
+  }
+
+  __device__ __forceinline__ void x(int stage) {
+    const uint32_t full = memory.full + stage * kBarrierBytes;
+    arrive_expecting(full, kXBytes<kTokens>);
+    const uint32_t target = memory.x + stage * kXBytes<kTokens>;
+    copy_box(target, x_map, column, token, full);
+    copy_box(target + kXBytes<kTokens> / 2, x_map, column + kBoxColumns, token, full);
+    column += kBlockColumns;
+  }
+
+  // From the second round on, each stage when the warps have released it.
+  __device__ __forceinline__ void rest(int num_column_blocks) {
+    int stage = 0;
+    uint32_t parity = 0;
+#pragma unroll 1
+    for (int b = a.stages; b < num_column_blocks; ++b) {
+      wait_for_phase(memory.empty + stage * kBarrierBytes, parity);
+      x(stage);
+      weights(stage);
+      if (++stage == a.stages) stage = 0, parity ^= 1u;
+    }
+  }
+};
+
+// Where one lane's part of a row tile lies in shared memory.
+struct LanePlace {
+  const unsigned char *pieces, *third_bits, *scales, *zeros;
+
+  __device__ __forceinline__ LanePlace(const unsigned char* tile, int bits, int groups, unsigned lane)
+      : pieces(tile + lane * 16),
+        third_bits(tile + tile_code_bytes(bits) + lane * 8),
+        scales(tile + tile_code_bytes(bits) + tile_third_bit_bytes(bits) + lane / 4 * groups * 4),
+        zeros(scales + tile_scale_bytes(groups) - lane / 4 * groups * 2) {}
+};
+
+// What one lane takes from a panel block.
+template <int kBits, bool kHasZeros, bool kOneGroup>
+struct LaneCodes {
+  static constexpr int kGroups = kOneGroup ? 1 : 4;
+  // For want of registers with 8 bits: the second 64 columns come later, scales of small groups at their use.
+  static constexpr bool kInHalves = kBits == 8, kLateGroups = kBits == 8 && !kOneGroup;
+
+  uint32_t words[kLaneWords<kBits>];
+  uint32_t scales[kGroups];      // row g, row g + 8
+  uint32_t zeros[kGroups] = {};  // bytes: row g, row g + 8
+
+  template <int kFirst, int kCount>
+  __device__ __forceinline__ void load_pieces(const unsigned char* pieces) {
+#pragma unroll
+    for (int i = kFirst; i < kFirst + kCount; ++i) {
+      const uint4 loaded = *reinterpret_cast<const uint4*>(pieces + i * kWarpLanes * 16);
+      words[4 * i] = loaded.x, words[4 * i + 1] = loaded.y;
+      words[4 * i + 2] = loaded.z, words[4 * i + 3] = loaded.w;
+    }
+  }
+  __device__ __forceinline__ void load_groups(const GemmArguments& a, const LanePlace& place, int block,
+                                              int first, int count) {
+#pragma unroll
+    for (int i = first; i < first + count; ++i) {
+      const int offset = kOneGroup ? 0 : a.scale_offsets[i];
+      scales[i] = *reinterpret_cast<const uint32_t*>(place.scales + block + offset);
+      if (kHasZeros) zeros[i] = *reinterpret_cast<const uint16_t*>(place.zeros + block + offset / 2);
+    }
+  }
+
+  // `block`: bytes from the first one.
+  __device__ __forceinline__ void load(const GemmArguments& a, const LanePlace& place, int block) {
+    load_pieces<0, kBits >= 4 ? 2 : 1>(place.pieces + block);
+    if constexpr (kBits == 3) {
+      const uint2 loaded = *reinterpret_cast<const uint2*>(place.third_bits + block);
+      words[4] = loaded.x, words[5] = loaded.y;
+    }
+    if constexpr (!kLateGroups) load_groups(a, place, block, 0, kGroups);
+  }
+  __device__ __forceinline__ void load_second_half(const LanePlace& place, int block) {
+    if constexpr (kInHalves) load_pieces<2, 2>(place.pieces + block);
+  }
+};
+
+// What is the same for all codes of a lane in a group: [0] row g, [1] row g + 8.
+template <typename T, int kBits, bool kHasZeros>
+struct GroupFactors {
+  using Offset = ZeroOffset<T, kBits, 0>;
+  uint32_t scale[2];
+  Offset offset[2] = {Offset(1u << (kBits - 1)), Offset(1u << (kBits - 1))};
+
+  __device__ __forceinline__ void set(uint32_t scales, uint32_t zeros) {
+    scale[0] = permute_bytes(scales, scales, 0x1010), scale[1] = permute_bytes(scales, scales, 0x3232);
+    if constexpr (kHasZeros) offset[0] = Offset(zeros & 0xffu), offset[1] = Offset(zeros >> 8);
+  }
+};
+
+// The sums of 64 weight rows and kTokens tokens over this block's columns.
+template <typename T, int kBits, int kTokens, int kWarpGroups, bool kHasZeros, bool kOneGroup>
+__device__ __forceinline__ void multiply(const GemmArguments& a, int num_column_blocks, const Memory& memory,
+                                         int warp, int lane, float (&sums)[kTokens / 2]) {
+  constexpr int kSteps = kGroupSteps<kBits, kTokens>;
+  constexpr int kProductGroups = kBlockSteps / kSteps;  // of a column block
+  static_assert(kProductGroups % 2 == 0, "fragments[0] begins each column block");
+  // When the next codes are loaded: behind products that take long enough to hide the load, or a group
+  // before.
+  constexpr int kLoadGroup = kProductGroups - (kTokens > 128 ? 1 : 2);
+
+  const int stage_bytes = kWarpGroups * a.block_bytes;
+  const unsigned char* tile = dynamic_shared() + a.stages * kXBytes<kTokens> +
+                              warp / kGroupWarps * a.block_bytes + warp % kGroupWarps * a.tile_bytes;
+  const LanePlace place(tile, kBits, kOneGroup ? 1 : a.p.groups_per_block, lane);
+
+  int block = 0;  // in codes: bytes from the first one
+  uint32_t fragments[2][kSteps][4];
+  LaneCodes<kBits, kHasZeros, kOneGroup> codes;
+  GroupFactors<T, kBits, kHasZeros> factors;
+  const auto make_group = [&](int group) {
+    if (kOneGroup && group == 0) factors.set(codes.scales[0], codes.zeros[0]);
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const int step = group * kSteps + i, quarter = step / 2;  // 32 columns: the smallest group
+      if (codes.kLateGroups && step % 2 == 0) codes.load_groups(a, place, block, quarter, 1);
+      if (!kOneGroup && step % 2 == 0) factors.set(codes.scales[quarter], codes.zeros[quarter]);
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        uint32_t& pair = fragments[group % 2][i][r];
+        pair = scaled_pair<T, kBits>(codes.words, step, r, factors.offset[r % 2], factors.scale[r % 2]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) pin(fragments[group % 2][i][r]);
+    }
+  };
+
+  wait_for_phase(memory.full, 0);
+  codes.load(a, place, 0);
+  make_group(0);
+  if (kProductGroups == 2) codes.load_second_half(place, block);
+
+  int stage = 0;
+  uint32_t parity = 0;
+  uint32_t release = memory.empty;  // of the stage before
+#pragma unroll 1
+  for (int b = 0; b < num_column_blocks; ++b) {
+    const uint64_t x = describe_operand(memory.x + stage * kXBytes<kTokens>);
+    const uint32_t own = memory.empty + stage * kBarrierBytes;
+    if (++stage == a.stages) stage = 0, parity ^= 1u;
+    const bool is_last = b + 1 == num_column_blocks;
+#pragma unroll
+    for (int group = 0; group < kProductGroups; ++group) {
+      begin_products();
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        // 32 bytes to the right for each product, and the second box after the first
+        const int step = group * kSteps + i;
+        const int offset = step % 4 * 32 + step / 4 * (kXBytes<kTokens> / 2);
+        Product<T, kTokens>::issue(sums, fragments[group % 2][i], x + offset / 16);
+      }
+      commit_products();
+
+      // All products before these are done: their fragments are free, and the stage before this one.
+      wait_products<1>();
+      if (group == 0) {
+        if (lane == 0 && b > 0) arrive(release);
+        release = own;
+      }
+      if (group + 1 < kProductGroups) make_group(group + 1);
+      if (kProductGroups > 2 && group + 2 == kProductGroups / 2) codes.load_second_half(place, block);
+      if (group == kLoadGroup && !is_last) {
+        wait_for_phase(memory.full + stage * kBarrierBytes, parity);
+        block = stage * stage_bytes;
+        codes.load(a, place, block);
+      }
+      if (group == kProductGroups - 1 && !is_last) {
+        make_group(0);
+        if (kProductGroups == 2) codes.load_second_half(place, block);
+      }
+    }
+  }
+  wait_products<0>();
+#pragma unroll
+  for (int i = 0; i < kTokens / 2; ++i) pin(sums[i]);
+}
+
+__device__ __forceinline__ float silu(float value) { return __fdividef(value, 1.0f + __expf(-value)); }
+
+// The sums as [token][weight row], of warp groups one after another.
+template <int kTokens>
+__device__ __forceinline__ void stage_sums(const float (&sums)[kTokens / 2], float* staged, int warp,
+                                           int lane) {
+  float* target = staged + (warp / kGroupWarps * kTokens + lane % 4 * 2) * kStagedRow +
+                  warp % kGroupWarps * kTileRows + lane / 4;
+#pragma unroll
+  for (int j = 0; j < kTokens / 8; ++j) {
+    target[0] = sums[4 * j];
+    target[kStagedRow] = sums[4 * j + 1];
+    target[8] = sums[4 * j + 2];
+    target[kStagedRow + 8] = sums[4 * j + 3];
+    target += 8 * kStagedRow;
+  }
+}
+
+// Adds the eight sums at `staged` of all blocks that share the columns, in their order. Those of four blocks
+// are on their way at a time: one takes as long as four.
+__device__ __forceinline__ void add_parts(int split_k, const float* staged, float (&values)[kUnit]) {
+  constexpr int kAtOnce = 4;
+  if (split_k == 1) {
+    const float4 low = *reinterpret_cast<const float4*>(staged);
+    const float4 high = *reinterpret_cast<const float4*>(staged + 4);
+    values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
+    values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) values[i] = 0.0f;
+  const uint32_t own = shared_address(staged);
+#pragma unroll 1
+  for (int first = 0; first < split_k; first += kAtOnce) {
+    float4 low[kAtOnce] = {}, high[kAtOnce] = {};
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i < split_k) {
+        const uint32_t part = address_in_block(own, first + i);
+        low[i] = load_from_cluster(part), high[i] = load_from_cluster(part + 16);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      values[0] += low[i].x, values[1] += low[i].y, values[2] += low[i].z, values[3] += low[i].w;
+      values[4] += high[i].x, values[5] += high[i].y, values[6] += high[i].z, values[7] += high[i].w;
+    }
+  }
+}
+
+// Adds up to eight elements at `source` to the values.
+template <typename T>
+__device__ __forceinline__ void add_elements(const T* source, int count, bool wide, float (&values)[kUnit]) {
+  if (wide && count == kUnit) {
+    const Vector<T, kUnit> loaded = load<kUnit>(source);
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) values[i] += to_float(loaded.data[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) {
+      if (i < count) values[i] += to_float(source[i]);
+    }
+  }
+}
+
+// Writes this block's share of the cluster's tile of out.
+template <typename T, int kTokens, int kWarpGroups>
+__device__ __forceinline__ void store_tile(const GemmArguments& a, const Place& place, const float* staged,
+                                           int thread) {
+  // A unit of out takes the sums of 8 weight rows, or of 16 for gate_up.
+  const int group_units_log2 = a.p.gate_up ? 2 : 3;
+  const int token_units_log2 = group_units_log2 + (kWarpGroups == 4 ? 2 : kWarpGroups == 2 ? 1 : 0);
+  const int64_t columns = a.p.gate_up ? a.p.N / 2 : a.p.N;
+  const int64_t first_column = (static_cast<int64_t>(place.row_block) << group_units_log2) * kUnit;
+  const int tokens = static_cast<int>(min(a.p.M - place.token, static_cast<int64_t>(kTokens)));
+  constexpr int kThreads = kWarpGroups * kGroupThreads;
+
+  for (int u = place.rank * kThreads + thread; u < tokens << token_units_log2; u += a.split_k * kThreads) {
+    const int token = u >> token_units_log2, unit = u & ((1 << token_units_log2) - 1);
+    const int64_t n = first_column + unit * kUnit;
+    const int count = static_cast<int>(min(columns - n, static_cast<int64_t>(kUnit)));
+    if (count <= 0) continue;
+    const int warp_group = unit >> group_units_log2;
+    const int row = (unit & ((1 << group_units_log2) - 1)) << (6 - group_units_log2);
+    const float* source = staged + (warp_group * kTokens + token) * kStagedRow + row;
+    float values[kUnit];
+    add_parts(a.split_k, source, values);
+    if (a.p.gate_up) {
+      float up[kUnit];
+      add_parts(a.split_k, source + kUnit, up);
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) values[i] = silu(values[i]) * up[i];
+    }
+    const int64_t m = static_cast<int64_t>(place.token) + token;
+    if (a.p.bias != nullptr) add_elements(static_cast<const T*>(a.p.bias) + n, count, a.wide, values);
+    if (a.p.residual != nullptr) {
+      add_elements(static_cast<const T*>(a.p.residual) + m * a.p.residual_stride + n, count, a.wide, values);
+    }
+    T* out = static_cast<T*>(a.p.out) + m * a.p.out_stride + n;
+    Vector<T, kUnit> rounded;
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) rounded.data[i] = from_float<T>(values[i]);
+    if (a.wide && count == kUnit) {
+      store(out, rounded);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) {
+        if (i < count) out[i] = rounded.data[i];
+      }
+    }
+  }
+}
+
+#endif  // QSUN_HAS_WGMMA
+
+template <typename T, int kBits, int kTokens, int kWarpGroups>
+__global__ void __launch_bounds__(kGemmThreads<kBits, kTokens, kWarpGroups>,
+                                  gemm_blocks_per_sm(kTokens, kWarpGroups))
+    wna16_gemm_sm90_kernel(const __grid_constant__ CUtensorMap x_map,
+                           const __grid_constant__ GemmArguments a) {
+#if QSUN_HAS_WGMMA
+  launch_dependents();
+  constexpr int kWarps = kWarpGroups * kGroupWarps;  // that multiply
+  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpLanes, 0);
+  const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
+  const Place place(a, kWarpGroups, kTokens);
+  const Memory memory(a, kXBytes<kTokens>);
+  const bool copies_here = warp == kWarps && lane == 0;
+  Copies<kTokens, kWarpGroups> copies(a, &x_map, place, memory);
+  const int first_stages = min(a.stages, place.num_column_blocks);
+
+  // Barriers, and the first weights
+  if (copies_here) {
+    for (int i = 0; i < a.stages; ++i) {
+      init_barrier(memory.full + i * kBarrierBytes, 2);  // by weights() and by x()
+      init_barrier(memory.empty + i * kBarrierBytes, kWarps);
+    }
+    publish_barriers();
+    prefetch_map(&x_map);
+    if (a.p.prefetch_weights) {
+      for (int i = 0; i < first_stages; ++i) copies.weights(i);
+    }
+  }
+  __syncthreads();
+
+  // Roles
+  if (warp >= kWarps) {
+    if constexpr (kCopyWarps<kBits, kTokens> == kGroupWarps) give_registers<kCopyRegisters>();
+    if (copies_here) {
+      wait_for_producers();
+      for (int i = 0; i < first_stages; ++i) {
+        if (!a.p.prefetch_weights) copies.weights(i);
+        copies.x(i);
+      }
+      copies.rest(place.num_column_blocks);
+    }
+    __syncwarp();
+    if (a.split_k > 1) {
+      meet_cluster();  // the two barriers of the other branch
+      meet_cluster();
+    }
+  } else {
+    if constexpr (kCopyWarps<kBits, kTokens> == kGroupWarps)
+      take_registers<kProductRegisters<kTokens, kWarpGroups>>();
+    float sums[kTokens / 2] = {};
+    const auto multiply_with = [&](auto has_zeros, auto one_group) {
+      multiply<T, kBits, kTokens, kWarpGroups, has_zeros.value, one_group.value>(a, place.num_column_blocks,
+                                                                                 memory, warp, lane, sums);
+    };
+    if (a.p.groups_per_block == 1) {
+      a.p.has_zeros ? multiply_with(std::true_type(), std::true_type())
+                    : multiply_with(std::false_type(), std::true_type());
+    } else {
+      a.p.has_zeros ? multiply_with(std::true_type(), std::false_type())
+                    : multiply_with(std::false_type(), std::false_type());
+    }
+    wait_for_producers();  // long over: orders this thread's own reads and writes
+
+    float* staged = reinterpret_cast<float*>(dynamic_shared());
+    named_barrier(1, kWarps * kWarpLanes);  // the stages have been read
+    stage_sums<kTokens>(sums, staged, warp, lane);
+    if (a.split_k > 1) {
+      cluster_barrier();
+    } else {
+      named_barrier(1, kWarps * kWarpLanes);
+    }
+    store_tile<T, kTokens, kWarpGroups>(a, place, staged, static_cast<int>(threadIdx.x));
+    if (a.split_k > 1) {
+      __syncwarp();
+      meet_cluster();  // this block's sums have been read
+    }
+  }
+#else
+  __trap();  // never chosen: compiled for architectures without wgmma only to keep one list of sources
+#endif
+}
+
+template <typename T, int kBits, int kTokens, int kWarpGroups>
+cudaError_t launch_tile(const Wna16PanelsParams& p, const GemmConfig& config) {
+  GemmArguments a{};
+  a.p = p;
+  a.tile_bytes = tile_bytes(p.bits, p.groups_per_block, p.has_zeros);
+  a.block_bytes = block_bytes(p.bits, p.groups_per_block, p.has_zeros);
+  a.row_blocks = static_cast<int>(ceil_div(p.N, kBlockRows));
+  a.split_k = config.split_k;
+  a.part_blocks = static_cast<int>(p.column_blocks / config.split_k);
+  a.extra_parts = static_cast<int>(p.column_blocks % config.split_k);
+  a.stages = config.stages;
+  a.barrier_offset = gemm_barrier_offset(config, a.block_bytes);
+  for (int i = 0; i < 4; ++i) a.scale_offsets[i] = i * p.groups_per_block / 4 * 4;
+  a.wide = wide({p.out, p.bias, p.residual},
+                {p.out_stride * 2, p.residual != nullptr ? p.residual_stride * 2 : 0});
+  const int64_t token_tiles = ceil_div(p.M, kTokens);
+  a.weights_read_once = token_tiles == 1;
+
+  CUtensorMap x_map;
+  const cudaError_t error = describe_matrix(&x_map, p.dtype, p.x, p.M, p.K, p.x_stride, kTokens);
+  if (error != cudaSuccess) return error;
+
+  LaunchOptions options;
+  options.shared_bytes = gemm_shared_bytes(config, a.block_bytes);
+  options.cluster = dim3(config.split_k);
+  options.overlaps_producer = true;
+  const dim3 grid(token_tiles * config.split_k, ceil_div(a.row_blocks, kWarpGroups));
+  return launch_with(options, wna16_gemm_sm90_kernel<T, kBits, kTokens, kWarpGroups>, grid,
+                     dim3(kGemmThreads<kBits, kTokens, kWarpGroups>), p.device, p.stream, x_map, a);
+}
+
+template <typename T, int kBits, size_t kFirst = 0>
+cudaError_t launch_gemm(const Wna16PanelsParams& p, const GemmConfig& config) {
+  if constexpr (kFirst == std::size(kGemmTiles)) {
+    return cudaErrorInvalidValue;
+  } else {
+    constexpr GemmTile kTile = kGemmTiles[kFirst];
+    if (config.token_tile == kTile.token_tile && config.warp_groups == kTile.warp_groups) {
+      return launch_tile<T, kBits, kTile.token_tile, kTile.warp_groups>(p, config);
+    }
+    return launch_gemm<T, kBits, kFirst + 1>(p, config);
+  }
+}
+
+}  // namespace
+}  // namespace qsun

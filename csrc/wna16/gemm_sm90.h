@@ -1,0 +1,67 @@
+// The host side of the kernel in gemm_sm90.cuh: how it is launched, and one entry a (dtype, bit width), each
+// compiled in its own file.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <string>
+
+#include "qsun/device.h"
+#include "qsun/wna16_panels.h"
+#include "wna16/panels.h"
+
+namespace qsun {
+
+// token_tile and warp_groups are one of kGemmTiles.
+struct GemmConfig {
+  int token_tile = 64;  // tokens that a block multiplies
+  int warp_groups = 2;  // of a block, each with 64 weight rows
+  int split_k = 1;      // blocks of a cluster that share the columns, 1 to 8
+  int stages = 4;       // column blocks of the weight and of x in flight or in use, at least 2
+};
+std::string to_string(const GemmConfig& config);
+
+struct GemmTile {
+  int token_tile, warp_groups;
+};
+constexpr GemmTile kGemmTiles[] = {{16, 2}, {32, 2}, {48, 2},  {64, 2}, {96, 2},
+                                   {64, 4}, {96, 4}, {128, 4}, {256, 2}};
+constexpr int kMaxSplit = 8;
+
+// Pure: depends on the sizes and the device alone.
+GemmConfig choose_gemm(const Wna16PanelsParams& params, const DeviceProps& props);
+
+// With the stages that fit, beside those of other blocks where several are meant to share a multiprocessor.
+GemmConfig with_stages(GemmConfig config, const Wna16PanelsParams& params, const DeviceProps& props);
+
+// Whether the kernel can run the problem: perm is null, and the copy engine can read x.
+bool gemm_can_read(const Wna16PanelsParams& params);
+
+constexpr int kBoxColumns = 64;             // of x that are copied at once: 128 bytes, the swizzle's width
+constexpr int kStagedRow = kBlockRows + 4;  // floats of one token's sums in shared memory, padded against
+                                            // bank conflicts
+constexpr int kBarrierBytes = 8;
+
+// Blocks of a multiprocessor for which registers and stages are planned.
+QSUN_HOST_DEVICE constexpr int gemm_blocks_per_sm(int token_tile, int warp_groups) {
+  return warp_groups > 2 || token_tile > 96 ? 1 : token_tile > 32 ? 2 : 3;
+}
+
+constexpr int gemm_stage_bytes(const GemmConfig& config, int block_bytes) {
+  return config.token_tile * kBlockColumns * 2 + config.warp_groups * block_bytes;
+}
+
+// Where the barriers lie in the dynamic shared memory: after the stages, which the sums take over at the end.
+constexpr int gemm_barrier_offset(const GemmConfig& config, int block_bytes) {
+  const int stages = config.stages * gemm_stage_bytes(config, block_bytes);
+  const int staged = config.warp_groups * config.token_tile * kStagedRow * 4;
+  return ((stages > staged ? stages : staged) + 15) / 16 * 16;
+}
+constexpr int gemm_shared_bytes(const GemmConfig& config, int block_bytes) {
+  return gemm_barrier_offset(config, block_bytes) + 2 * kBarrierBytes * config.stages;
+}
+
+template <typename T, int kBits>
+cudaError_t launch_wna16_gemm(const Wna16PanelsParams& params, const GemmConfig& config);
+
+}  // namespace qsun

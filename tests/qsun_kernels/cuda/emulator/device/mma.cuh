@@ -1,0 +1,20 @@
+// See csrc/device/mma.cuh.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "device/shared.cuh"
+
+namespace qsun {
+
+template <typename T>
+inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
+  constexpr bool kHalf = std::is_same_v<T, __half>;
+  emulator::multiply(kHalf ? emulator::Format::kFloat16 : emulator::Format::kBFloat16, c, a, b0, b1);
+}
+
+inline void load_matrices(uint32_t (&r)[4], uint32_t row_address) { emulator::load_matrices(r, row_address); }
+
+}  // namespace qsun

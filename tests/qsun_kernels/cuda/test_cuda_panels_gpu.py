@@ -1,0 +1,211 @@
+"""The kernels on panel weights, configuration by configuration, on a GPU and through the emulator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qsun_kernels.backends import cuda
+from qsun_kernels.backends.problems import PreparedWeight
+from qsun_kernels.quant import QuantSpec
+from qsun_kernels.testing import inputs
+from qsun_kernels.testing.judge import judge_wna16_gate_up_silu, judge_wna16_linear
+
+DTYPES = (torch.float16, torch.bfloat16)
+BITS = (2, 3, 4, 8)
+# (token tiles, row tiles) that the streaming kernel is compiled for.
+INSTANCES = ((1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (3, 4), (4, 4), (6, 4), (8, 4))
+H100 = {
+    "compute_major": 9,
+    "compute_minor": 0,
+    "sm_count": 132,
+    "shared_memory_per_block": 232448,
+    "l2_bytes": 50 << 20,
+}
+A100 = {**H100, "compute_major": 8, "sm_count": 108, "shared_memory_per_block": 166912}
+
+
+def prepared(kernels, packed, dtype, operator="wna16_linear") -> PreparedWeight:
+    return cuda.IMPLEMENTATIONS[operator].prepare(packed, dtype)
+
+
+def stream(kernels, x: Tensor, weight: PreparedWeight, bias=None, residual=None, **config: Any) -> Tensor:
+    """wna16_linear by the streaming kernel, with this configuration."""
+    settings = {"warps": 4, "stages": 2, "split_k": 1, "overlaps_producer": False, **config}
+    with inputs.poisoned_outputs():
+        out = torch.empty((x.shape[0], weight.N), dtype=x.dtype, device=x.device)
+    cuda._launch_panels(x, weight, bias, residual, out, False, cuda._C.StreamConfig(**settings))
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("token_tiles", "row_tiles"), INSTANCES)
+def test_every_instance_of_the_streaming_kernel(kernels, bits, dtype, token_tiles, row_tiles) -> None:
+    """Exact for a single 1 in x; within the rule for random x; group sizes, zeros and odd sizes in turn."""
+    K, N = 300, 77
+    for group_size, symmetric in ((128, True), (64, False), (32, False)):
+        source = inputs.generator(bits)
+        spec = QuantSpec(bits, group_size, symmetric)
+        packed = inputs.packed_weight(source, N, K, spec, scale_dtype=dtype, device=kernels.device)
+        weight = prepared(kernels, packed, dtype)
+        config = {"token_tiles": token_tiles, "row_tiles": row_tiles}
+        dense = kernels.run("dequantize", packed, dtype)
+        picked = stream(
+            kernels, torch.eye(K, dtype=dtype, device=kernels.device), weight, row_blocks=2, **config
+        )
+        assert torch.equal(picked, dense.T)
+        for M in (1, token_tiles * 8 - 3, token_tiles * 8 + 1):
+            x = inputs.normal(source, (M, K), dtype, kernels.device)
+            residual = inputs.normal(source, (M, N), dtype, kernels.device)
+            got = stream(kernels, x, weight, residual=residual, row_blocks=3, **config)
+            judge_wna16_linear(got, x, packed, residual=residual).require()
+
+
+@pytest.mark.parametrize("warps", (1, 3, 8))
+@pytest.mark.parametrize("stages", (2, 3, 4, 6))
+@pytest.mark.parametrize("split_k", (1, 2, 5))
+def test_ways_to_cut_the_work(kernels, warps, stages, split_k) -> None:
+    """More warps than column blocks, more blocks than row tiles, clusters: every element once."""
+    K, dtype = 1000, torch.bfloat16
+    for N, row_blocks in ((64, 1), (64, 4), (200, 5)):
+        source = inputs.generator(N)
+        packed = inputs.packed_weight(
+            source, N, K, QuantSpec(4, 128, True), scale_dtype=dtype, device=kernels.device
+        )
+        weight = prepared(kernels, packed, dtype)
+        x = inputs.normal(source, (5, K), dtype, kernels.device)
+        config = {"token_tiles": 1, "row_tiles": 2, "warps": warps, "stages": stages, "split_k": split_k}
+        got = stream(kernels, x, weight, row_blocks=row_blocks, **config)
+        judge_wna16_linear(got, x, packed).require()
+        for _ in range(kernels.pick(100, 2)):
+            assert torch.equal(stream(kernels, x, weight, row_blocks=row_blocks, **config), got)
+        if kernels.is_gpu:
+            overlapped = stream(
+                kernels, x, weight, row_blocks=row_blocks, **{**config, "overlaps_producer": True}
+            )
+            assert torch.equal(overlapped, got)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", BITS)
+def test_gate_up_silu(kernels, bits, dtype) -> None:
+    for half, K, group_size, symmetric in (
+        (40, 300, 128, True),
+        (21, 129, 32, False),
+        (64, 256, "channel", False),
+    ):
+        source = inputs.generator(half)
+        spec = QuantSpec(bits, group_size, symmetric)
+        packed = inputs.packed_weight(
+            source, 2 * half, K, spec, scale_dtype=dtype, act_order=half == 21, device=kernels.device
+        )
+        weight = prepared(kernels, packed, dtype, "wna16_gate_up_silu")
+        for M in (1, 7, 16, 33, kernels.pick(300, 40)):
+            x = inputs.normal(source, (M, K), dtype, kernels.device, std=0.3)
+            with inputs.poisoned_outputs():
+                got = kernels.run("wna16_gate_up_silu", x, weight, None)
+            judge_wna16_gate_up_silu(got, x, packed).require()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_batch_invariance(kernels, dtype) -> None:
+    """A row among 40 is bit for bit what it is alone; without the flag it is not, so this test can fail."""
+    M, N, K = 40, 130, kernels.pick(4096, 512)
+    source = inputs.generator(3)
+    packed = inputs.packed_weight(
+        source, N, K, QuantSpec(4, 64, False), scale_dtype=dtype, device=kernels.device
+    )
+    weight = prepared(kernels, packed, dtype)
+    x = inputs.normal(source, (M, K), dtype, kernels.device)
+    together = kernels.run("wna16_linear", x, weight, None, None, None, True)
+    judge_wna16_linear(together, x, packed).require()
+    for m in (0, 7, 8, 39):
+        alone = kernels.run("wna16_linear", x[m : m + 1], weight, None, None, None, True)
+        assert torch.equal(alone[0], together[m])
+    free = kernels.run("wna16_linear", x, weight, None, None, None, False)
+    assert not all(
+        torch.equal(kernels.run("wna16_linear", x[m : m + 1], weight, None, None, None, False)[0], free[m])
+        for m in range(M)
+    )
+
+
+@pytest.mark.parametrize("M", (1, 5, 16, 17, 40))
+def test_act_order_gathers_x(kernels, M) -> None:
+    for group_size, N, K in ((32, 40, 200), (128, 65, 384)):
+        source = inputs.generator(M)
+        packed = inputs.packed_weight(
+            source,
+            N,
+            K,
+            QuantSpec(4, group_size, False),
+            scale_dtype=torch.bfloat16,
+            act_order=True,
+            device=kernels.device,
+        )
+        x = inputs.normal(source, (M, K), torch.bfloat16, kernels.device)
+        got = kernels.run("wna16_linear", x, prepared(kernels, packed, torch.bfloat16), None, None, None)
+        judge_wna16_linear(got, x, packed).require()
+
+
+@pytest.mark.parametrize("gpu", (H100, A100), ids=("h100", "a100"))
+def test_what_is_chosen_can_be_launched(extension, gpu) -> None:
+    props = extension.DeviceProps(**gpu)
+    for N, K in (
+        (4096, 4096),
+        (6144, 4096),
+        (28672, 4096),
+        (57344, 8192),
+        (8192, 28672),
+        (16, 128),
+        (77, 100),
+        (5128, 576),
+    ):
+        for M in (1, 2, 8, 9, 16, 17, 33, 64, 65, 256, 4096):
+            for bits in BITS:
+                for groups in (1, 2, 4):
+                    for invariant in (False, True):
+                        c = extension.choose_wna16_stream(M, N, K, bits, groups, True, invariant, props)
+                        tiles = -(-N // 16)
+                        assert (c.token_tiles, c.row_tiles) in INSTANCES
+                        assert 1 <= c.row_blocks <= tiles and c.stages in (2, 3, 4, 6)
+                        assert 1 <= c.warps <= (16 if c.token_tiles == 1 and c.row_tiles <= 2 else 8)
+                        assert c.split_k == 1 and c.overlaps_producer == (gpu is H100)
+                        if invariant:
+                            one = extension.choose_wna16_stream(1, N, K, bits, groups, True, True, props)
+                            assert (c.warps, c.split_k, c.token_tiles) == (
+                                one.warps,
+                                one.split_k,
+                                one.token_tiles,
+                            )
+                        text = extension.describe_wna16_panels(M, N, K, bits, groups, True, invariant, props)
+                        assert text.startswith(("stream ", "gemm_sm90 "))
+                        assert not (invariant or gpu is A100) or text.startswith("stream ")
+
+
+def test_a_configuration_that_is_not_compiled_is_refused(kernels) -> None:
+    from qsun_kernels.errors import KernelLaunchError
+
+    packed = inputs.packed_weight(
+        inputs.generator(0),
+        32,
+        128,
+        QuantSpec(4, 128, True),
+        scale_dtype=torch.float16,
+        device=kernels.device,
+    )
+    weight = prepared(kernels, packed, torch.float16)
+    x = torch.ones(1, 128, dtype=torch.float16, device=kernels.device)
+    for wrong, message in (
+        ({"token_tiles": 5, "row_tiles": 4, "row_blocks": 1}, "token_tiles is 5"),
+        ({"token_tiles": 4, "row_tiles": 1, "row_blocks": 1}, "row_tiles is 1"),
+        ({"token_tiles": 1, "row_tiles": 2, "row_blocks": 3}, "row_blocks is 3"),
+        ({"token_tiles": 1, "row_tiles": 2, "row_blocks": 1, "stages": 5}, "stages is 5"),
+        ({"token_tiles": 1, "row_tiles": 2, "row_blocks": 1, "warps": 17}, "warps is 17"),
+        ({"token_tiles": 1, "row_tiles": 2, "row_blocks": 1, "split_k": 9}, "split_k is 9"),
+    ):
+        with pytest.raises(KernelLaunchError, match=message):
+            stream(kernels, x, weight, **wrong)
