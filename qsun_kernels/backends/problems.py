@@ -23,16 +23,21 @@ __all__ = [
     "DequantizeProblem",
     "Implementation",
     "LinearImplementation",
+    "LinearOperator",
     "PagedAttentionDecodeProblem",
     "PreparedWeight",
     "Problem",
     "RmsNormProblem",
     "SiluAndMulProblem",
+    "Wna16GateUpSiluProblem",
     "Wna16Problem",
     "WriteKvCacheProblem",
 ]
 
 BackendName = Literal["cuda", "triton", "torch"]
+
+LinearOperator = Literal["wna16_linear", "wna16_gate_up_silu"]
+"""The operators that read a `PreparedWeight`."""
 
 BACKENDS: tuple[BackendName, ...] = ("cuda", "triton", "torch")
 """Every backend, in the order of preference."""
@@ -56,6 +61,39 @@ class Wna16Problem:
     has_g_idx: bool
     dtype: torch.dtype
     device: torch.device
+
+
+@dataclass(frozen=True, slots=True)
+class Wna16GateUpSiluProblem:
+    """``silu(x @ gate.T) * (x @ up.T)``, with the fields of `Wna16Problem` for the weight [gate; up].
+
+    N: rows of gate and up together, so the output has N / 2 columns.
+    """
+
+    operator: ClassVar[str] = "wna16_gate_up_silu"
+
+    N: int
+    K: int
+    bits: int
+    group_size: int | Literal["channel"]
+    symmetric: bool
+    has_g_idx: bool
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def linear(self) -> Wna16Problem:
+        """The product with [gate; up], as a problem of its own."""
+        return Wna16Problem(
+            self.N,
+            self.K,
+            self.bits,
+            self.group_size,
+            self.symmetric,
+            self.has_g_idx,
+            self.dtype,
+            self.device,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +184,7 @@ class SiluAndMulProblem:
 
 Problem: TypeAlias = (
     Wna16Problem
+    | Wna16GateUpSiluProblem
     | DequantizeProblem
     | PagedAttentionDecodeProblem
     | WriteKvCacheProblem
@@ -171,10 +210,10 @@ class Implementation:
 
 @dataclass(frozen=True, slots=True)
 class LinearImplementation(Implementation):
-    """`wna16_linear` of one backend, which also prepares weights.
+    """`wna16_linear` or `wna16_gate_up_silu` of one backend, which also prepares weights.
 
     prepare: (packed weight on the device of its use, with scales already in `dtype`; dtype of the
-    activations) -> the weight in the layout that `run` reads.
+    activations) -> the weight in the layout that `run` reads, for the operator of this implementation.
     """
 
     prepare: Callable[[PackedWeight, torch.dtype], PreparedWeight]
@@ -182,11 +221,18 @@ class LinearImplementation(Implementation):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PreparedWeight:
-    """A quantised weight (N, K) laid out for the backend that will multiply by it.
+    """A quantised weight (N, K) laid out for the backend and the operator that will multiply by it.
 
-    dtype: of the activations it was prepared for. layout: names what `tensors` hold: ``"cuda.rows"`` and
-    ``"triton.rows"`` the canonical (qweight, scales[, qzeros][, g_idx]), ``"torch.int4pack"`` and
-    ``"torch.dense"`` what qsun_kernels/backends/reference/wna16_linear.py says.
+    dtype: of the activations it was prepared for. operator: who reads it; for ``"wna16_gate_up_silu"`` the
+    weight is [gate; up] and N counts the rows of both. layout: names what `tensors` hold:
+
+    - ``"cuda.rows"``, ``"triton.rows"``: the canonical (qweight, scales[, qzeros][, g_idx]).
+    - ``"cuda.panels"``: (panels[, perm]) of qsun_kernels/backends/panels.py, in groups of the spec's size;
+      ``"cuda.panels32"`` where act-order groups of uneven size are stored in runs of 32 columns.
+    - ``"cuda.gate_up_panels"``, ``"cuda.gate_up_panels32"``: the same with the rows of gate and up
+      interleaved by eight.
+    - ``"triton.tiles"``: what qsun_kernels/backends/triton/wna16_layout.py says.
+    - ``"torch.int4pack"``, ``"torch.dense"``: what qsun_kernels/backends/reference/wna16_linear.py says.
     """
 
     spec: QuantSpec
@@ -196,6 +242,7 @@ class PreparedWeight:
     backend: BackendName
     layout: str
     tensors: tuple[torch.Tensor, ...]
+    operator: LinearOperator = "wna16_linear"
 
     @property
     def device(self) -> torch.device:

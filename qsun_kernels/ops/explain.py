@@ -23,6 +23,7 @@ from qsun_kernels.backends.problems import (
     Problem,
     RmsNormProblem,
     SiluAndMulProblem,
+    Wna16GateUpSiluProblem,
     Wna16Problem,
     WriteKvCacheProblem,
 )
@@ -62,6 +63,7 @@ def representative_problems(
     weight = (4096, 4096, 4, 128, True, False, dtype, device)
     return (
         Wna16Problem(*weight),
+        Wna16GateUpSiluProblem(28672, *weight[1:]),
         PagedAttentionDecodeProblem(32, 8, 128, 16, None, dtype, dtype, device),
         WriteKvCacheProblem(8, 128, 16, dtype, dtype, device),
         RmsNormProblem(4096, True, dtype, device),

@@ -7,17 +7,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from qsun_kernels.backends.dispatch import launcher_of, requested_backend, select
-from qsun_kernels.backends.problems import (
-    BACKENDS,
-    BackendName,
-    LinearImplementation,
-    PreparedWeight,
-    Wna16Problem,
-)
+from qsun_kernels.backends.dispatch import launcher_of
+from qsun_kernels.backends.problems import BackendName, PreparedWeight, Wna16Problem
 from qsun_kernels.ops import checks
-from qsun_kernels.ops.dequantize import decode_spec, encode_group_size
+from qsun_kernels.ops.dequantize import encode_group_size
 from qsun_kernels.ops.library import is_traced, refuse_gradient, register
+from qsun_kernels.ops.prepared import check_prepared, prepare, rebuilt
 from qsun_kernels.quant import PackedWeight
 
 __all__ = ["prepare_weight", "wna16_linear"]
@@ -39,27 +34,7 @@ def prepare_weight(
     Raises TypeError or ValueError naming the argument (a scale that `dtype` cannot hold among them), and
     BackendUnavailable.
     """
-    if not isinstance(packed, PackedWeight):
-        raise TypeError(f"packed is a {type(packed).__name__}, expected a PackedWeight")
-    if dtype not in checks.FLOATING:
-        raise TypeError(f"dtype is {dtype!r}, expected one of {', '.join(map(str, checks.FLOATING))}")
-    refuse_gradient("prepare_weight", scales=packed.scales)
-    if device is not None:
-        packed = packed.to(device)
-    packed = packed.with_scales(dtype)
-    spec = packed.spec
-    problem = Wna16Problem(
-        packed.N,
-        packed.K,
-        spec.bits,
-        spec.group_size,
-        spec.symmetric,
-        packed.g_idx is not None,
-        dtype,
-        packed.device,
-    )
-    implementation = cast(LinearImplementation, select(problem, requested_backend(backend)).implementation)
-    return implementation.prepare(packed, dtype)
+    return prepare("prepare_weight", Wna16Problem, packed, dtype, device, backend)
 
 
 def wna16_linear(
@@ -69,6 +44,7 @@ def wna16_linear(
     residual: Tensor | None = None,
     *,
     out: Tensor | None = None,
+    batch_invariant: bool = False,
     backend: BackendName | None = None,
 ) -> Tensor:
     """``x @ W.T (+ bias) (+ residual)`` with W the weight that the codes stand for, accumulated in float32.
@@ -76,12 +52,16 @@ def wna16_linear(
     x (..., K) of the dtype and on the device that the weight was prepared for, last dimension of stride 1;
     bias (N,), residual (..., N) and out (..., N) like it. Returns (..., N), which is `out` when that is given
     (contiguous, and sharing no memory with the inputs). Kernels round once, at the end; torch, where it has
-    no fused form of a bias or residual, rounds the product first. backend: the weight's own, or ValueError:
-    the layout was made for it by `prepare_weight`.
+    no fused form of a bias or residual, rounds the product first.
+
+    batch_invariant: row i of the result is, bit for bit, what it is for row i of x alone, whatever the number
+    of the other rows and what they hold. Results repeat either way; what this takes is the freedom to cut the
+    work by the number of rows, so it may be slower. A backend that cannot promise it raises.
+    backend: the weight's own, or ValueError: the layout was made for it by `prepare_weight`.
 
     Raises TypeError or ValueError naming the argument, RuntimeError if a gradient is wanted.
     """
-    _check(x, weight, bias, residual, out, backend)
+    _check(x, weight, bias, residual, out, batch_invariant, backend)
     if is_traced(x, bias, residual, out, *weight.tensors):
         spec = weight.spec
         y = torch.ops.qsun.wna16_linear(
@@ -95,9 +75,10 @@ def wna16_linear(
             weight.K,
             bias,
             residual,
+            batch_invariant,
         )
         return cast(Tensor, y if out is None else out.copy_(y))
-    return _launch(x, weight, bias, residual, out)
+    return _launch(x, weight, bias, residual, out, batch_invariant)
 
 
 def _check(
@@ -106,16 +87,10 @@ def _check(
     bias: Tensor | None,
     residual: Tensor | None,
     out: Tensor | None,
+    batch_invariant: bool,
     backend: str | None,
 ) -> None:
-    if not isinstance(weight, PreparedWeight):
-        raise TypeError(
-            f"weight is a {type(weight).__name__}, expected a PreparedWeight (see prepare_weight)"
-        )
-    if backend is not None and backend != weight.backend:
-        raise ValueError(
-            f"backend is {backend!r}, expected {weight.backend!r}, for which the weight was prepared"
-        )
+    check_prepared(weight, "wna16_linear", backend)
     dtype, device = weight.dtype, weight.device
     checks.beside("x", x, dtype, device, "for which the weight was prepared")
     checks.rows("x", x)
@@ -135,15 +110,22 @@ def _check(
         checks.contiguous("out", out)
         if out is x or out is residual:
             raise ValueError(f"out is {'x' if out is x else 'residual'}, expected memory of its own")
+    if not isinstance(batch_invariant, bool):
+        raise TypeError(f"batch_invariant is {batch_invariant!r}, expected True or False")
     refuse_gradient("wna16_linear", x=x, bias=bias, residual=residual, out=out)
 
 
 def _launch(
-    x: Tensor, weight: PreparedWeight, bias: Tensor | None, residual: Tensor | None, out: Tensor | None
+    x: Tensor,
+    weight: PreparedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor | None,
+    batch_invariant: bool,
 ) -> Tensor:
     run = launcher_of(weight.backend, "wna16_linear")
     if x.dim() == 2:
-        return cast(Tensor, run(x, weight, bias, residual, out))
+        return cast(Tensor, run(x, weight, bias, residual, out, batch_invariant))
     rows = x.numel() // weight.K
     y = run(
         x.reshape(rows, weight.K),
@@ -151,6 +133,7 @@ def _launch(
         bias,
         None if residual is None else residual.reshape(rows, weight.N),
         None if out is None else out.view(rows, weight.N),
+        batch_invariant,
     )
     return cast(Tensor, y.view(*x.shape[:-1], weight.N) if out is None else out)
 
@@ -166,13 +149,10 @@ def _run(
     K: int,
     bias: Tensor | None,
     residual: Tensor | None,
+    batch_invariant: bool = False,
 ) -> Tensor:
-    backend = layout.partition(".")[0]
-    if backend not in BACKENDS:
-        raise ValueError(f"layout is {layout!r}, expected one that starts with {', '.join(BACKENDS)}")
-    spec = decode_spec(bits, group_size, symmetric)
-    prepared = PreparedWeight(spec, N, K, x.dtype, backend, layout, tuple(weight))
-    return _launch(x, prepared, bias, residual, None)
+    prepared = rebuilt("wna16_linear", weight, layout, bits, group_size, symmetric, N, K, x.dtype)
+    return _launch(x, prepared, bias, residual, None, batch_invariant)
 
 
 def _fake(
@@ -186,13 +166,14 @@ def _fake(
     K: int,
     bias: Tensor | None,
     residual: Tensor | None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], N))
 
 
 register(
     "wna16_linear(Tensor x, Tensor[] weight, str layout, int bits, int group_size, bool symmetric, "
-    "int N, int K, Tensor? bias, Tensor? residual) -> Tensor",
+    "int N, int K, Tensor? bias, Tensor? residual, bool batch_invariant=False) -> Tensor",
     _run,
     _fake,
 )

@@ -21,6 +21,7 @@ __all__ = [
     "judge_paged_attention_decode",
     "judge_rms_norm",
     "judge_silu_and_mul",
+    "judge_wna16_gate_up_silu",
     "judge_wna16_linear",
     "judge_write_kv_cache",
 ]
@@ -113,6 +114,20 @@ def judge_wna16_linear(
         residual = None if residual is None else residual[..., columns]
     exact = oracles.exact_linear(x, packed, bias, residual)
     return _compare_sum("wna16_linear", got, exact, oracles.plain_linear(x, packed, bias, residual))
+
+
+def judge_wna16_gate_up_silu(
+    got: Tensor, x: Tensor, packed: PackedWeight, *, columns: Tensor | None = None
+) -> Comparison:
+    """got: (..., N / 2) for packed [gate; up] (N, K). columns: as for `judge_wna16_linear`."""
+    size = packed.N // 2
+    if got.shape != (*x.shape[:-1], size):
+        report = f"wna16_gate_up_silu: got {tuple(got.shape)}, expected {(*x.shape[:-1], size)}"
+        return Comparison(False, float("inf"), 0.0, 0.0, report)
+    if columns is not None:
+        got, packed = got[..., columns], oracles.take_rows(packed, torch.cat((columns, size + columns)))
+    exact = oracles.exact_gate_up_silu(x, packed)
+    return _compare_sum("wna16_gate_up_silu", got, exact, oracles.plain_gate_up_silu(x, packed))
 
 
 def _compare_sum(name: str, got: Tensor, exact: oracles.Sum, plain: Tensor) -> Comparison:

@@ -21,6 +21,7 @@ __all__ = [
     "Sum",
     "cached_tokens",
     "exact_apply_rope",
+    "exact_gate_up_silu",
     "exact_linear",
     "exact_paged_attention_decode",
     "exact_rms_norm",
@@ -28,6 +29,7 @@ __all__ = [
     "exact_weight",
     "pair_lengths",
     "plain_apply_rope",
+    "plain_gate_up_silu",
     "plain_linear",
     "plain_paged_attention_decode",
     "plain_rms_norm",
@@ -214,6 +216,29 @@ def plain_linear(
     """torch's own linear layer on the weight dequantised to the dtype of x, then the residual."""
     y = functional.linear(x, exact_weight(packed).to(x.dtype), bias)
     return y if residual is None else y + residual
+
+
+def exact_gate_up_silu(x: Tensor, packed: PackedWeight) -> Sum:
+    """``silu(gate) * up`` with gate and up the two halves of ``x @ W.T``, (..., N / 2).
+
+    An error of gate arrives times silu'(gate) * up, one of up times silu(gate); errors of both, rounded as x
+    is, times each other. The scale is the largest of the three, the terms are the sum of the first two.
+    """
+    product = exact_linear(x, packed)
+    gate, up = product.value.chunk(2, dim=-1)
+    sigmoid = torch.sigmoid(gate)
+    silu, slope = gate * sigmoid, sigmoid * (1 + gate * (1 - sigmoid))
+    of_gate, of_up = (slope * up).abs(), silu.abs()
+    gate_scale, up_scale = product.scale.chunk(2, dim=-1)
+    gate_terms, up_terms = product.terms.chunk(2, dim=-1)
+    both = torch.finfo(x.dtype).eps / 2 * gate_scale * up_scale
+    scale = (of_gate * gate_scale).maximum(of_up * up_scale).maximum(both)
+    return Sum(silu * up, scale, of_gate * gate_terms + of_up * up_terms)
+
+
+def plain_gate_up_silu(x: Tensor, packed: PackedWeight) -> Tensor:
+    """torch's own linear layer, then two operations."""
+    return plain_silu_and_mul(plain_linear(x, packed))
 
 
 def take_rows(packed: PackedWeight, rows: Tensor) -> PackedWeight:

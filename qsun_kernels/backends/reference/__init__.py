@@ -11,6 +11,7 @@ from qsun_kernels.backends.reference import (
     paged_attention_decode,
     rms_norm,
     silu_and_mul,
+    wna16_gate_up_silu,
     wna16_linear,
     write_kv_cache,
 )
@@ -23,6 +24,7 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = {
     "paged_attention_decode": paged_attention_decode.IMPLEMENTATION,
     "rms_norm": rms_norm.IMPLEMENTATION,
     "silu_and_mul": silu_and_mul.IMPLEMENTATION,
+    "wna16_gate_up_silu": wna16_gate_up_silu.IMPLEMENTATION,
     "wna16_linear": wna16_linear.IMPLEMENTATION,
     "write_kv_cache": write_kv_cache.IMPLEMENTATION,
 }

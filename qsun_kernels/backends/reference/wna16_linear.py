@@ -123,24 +123,49 @@ def _pack_int4(packed: PackedWeight) -> tuple[Tensor, ...] | None:
 
 
 def run(
-    x: Tensor, prepared: PreparedWeight, bias: Tensor | None, residual: Tensor | None, out: Tensor | None
+    x: Tensor,
+    prepared: PreparedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor | None,
+    batch_invariant: bool,
 ) -> Tensor:
     """``x (M, K) @ weight.T (+ bias (N,)) (+ residual (M, N))`` -> (M, N), accumulated in float32.
 
     Torch has no fused form for a bias and a residual together, nor for either on the int4 layout: there, what
     it can fuse is rounded, and then the rest added in float32 and rounded again.
+
+    batch_invariant: multiply row by row. The libraries under torch choose kernels, and so the order of sums,
+    by the number of rows; one row from memory of its own is always the same problem. It reads the weight once
+    a row.
     """
-    if prepared.layout == INT4PACK:
-        y = _add(_multiply_int4(x, prepared), bias, residual)
+    if batch_invariant:
+        y = _multiply_rows(x, prepared, bias, residual)
     else:
-        (weight,) = prepared.tensors
-        if bias is not None:
-            y = _add(torch.addmm(bias, x, weight.T), residual)
-        elif residual is not None:
-            y = torch.addmm(residual, x, weight.T)
-        else:
-            y = torch.mm(x, weight.T)
+        y = _multiply(x, prepared, bias, residual)
     return y if out is None else out.copy_(y)
+
+
+def _multiply_rows(
+    x: Tensor, prepared: PreparedWeight, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    y = x.new_empty((x.shape[0], prepared.N))
+    for i in range(x.shape[0]):
+        # Kernels differ by alignment, too, and a row of x starts anywhere.
+        row = x[i : i + 1].clone(memory_format=torch.contiguous_format)
+        y[i : i + 1] = _multiply(row, prepared, bias, None if residual is None else residual[i : i + 1])
+    return y
+
+
+def _multiply(x: Tensor, prepared: PreparedWeight, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    if prepared.layout == INT4PACK:
+        return _add(_multiply_int4(x, prepared), bias, residual)
+    (weight,) = prepared.tensors
+    if bias is not None:
+        return _add(torch.addmm(bias, x, weight.T), residual)
+    if residual is not None:
+        return torch.addmm(residual, x, weight.T)
+    return torch.mm(x, weight.T)
 
 
 def _multiply_int4(x: Tensor, prepared: PreparedWeight) -> Tensor:

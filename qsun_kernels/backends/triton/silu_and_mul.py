@@ -37,10 +37,11 @@ def silu_and_mul_kernel(
     store_rounded(out + row * F + column, activated * up, mask)
 
 
-def silu_and_mul(x: Tensor) -> Tensor:
-    """x (..., 2F) = [gate | up] -> (..., F)."""
+def silu_and_mul(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """x (..., 2F) = [gate | up] -> (..., F), into `out` (contiguous) when it is given."""
     F = x.shape[-1] // 2
-    out = torch.empty((*x.shape[:-1], F), dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty((*x.shape[:-1], F), dtype=x.dtype, device=x.device)
     if out.numel() > 0:
         rows = rows_of(x)
         block = min(MAX_BLOCK, next_power_of_two(F))

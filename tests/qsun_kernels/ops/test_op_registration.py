@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,11 +20,13 @@ from qsun_kernels import (
     apply_rope,
     dequantize,
     paged_attention_decode,
+    prepare_gate_up,
     prepare_weight,
     rms_norm,
     rope_cache,
     silu_and_mul,
     use_backend,
+    wna16_gate_up_silu,
     wna16_linear,
     write_kv_cache,
 )
@@ -60,6 +63,7 @@ def operator_arguments(name: str, dtype: torch.dtype, device: torch.device) -> t
     positions, slots = (torch.tensor(p, device=device) for p in ([1, 2, 3], [0, -1, 7]))
     cos_sin = rope_cache(RopeParameters(10000.0), 8, 50, device)
     packed, prepared = weights(dtype, device, QuantSpec(3, "channel", False))
+    gate_up = prepare_gate_up(packed, dtype=dtype, backend="torch")
     arguments: dict[str, tuple[Any, ...]] = {
         "rms_norm": (x, weight, 1e-6),
         "rms_norm_residual": (x, x.clone(), weight, 1e-6),
@@ -68,7 +72,20 @@ def operator_arguments(name: str, dtype: torch.dtype, device: torch.device) -> t
         "write_kv_cache": (k, v, k_cache, v_cache, slots),
         "paged_attention_decode": (case.q, k_cache, v_cache, case.block_table, case.seq_lens, 0.3, 7),
         "dequantize": (packed.qweight, packed.scales, packed.qzeros, None, 3, -1, False, 64, dtype),
-        "wna16_linear": (x, list(prepared.tensors), prepared.layout, 3, -1, False, 16, 64, weight[:16], None),
+        "wna16_linear": (
+            x,
+            list(prepared.tensors),
+            prepared.layout,
+            3,
+            -1,
+            False,
+            16,
+            64,
+            weight[:16],
+            None,
+            True,
+        ),
+        "wna16_gate_up_silu": (x, list(gate_up.tensors), gate_up.layout, 3, -1, False, 16, 64),
     }
     return arguments[name]
 
@@ -82,6 +99,7 @@ NAMES = (
     "paged_attention_decode",
     "dequantize",
     "wna16_linear",
+    "wna16_gate_up_silu",
 )
 
 
@@ -123,6 +141,7 @@ def decode_layer(x: Tensor, residual: Tensor, cache: tuple[Tensor, Tensor], laye
     )
     hidden = wna16_linear(attended.view(3, 64), layer["prepared"], layer["bias"], residual[:, :16])
     gated = silu_and_mul(rms_norm(hidden, layer["norm"][:16], eps=1e-6, backend="torch"))
+    gated = gated + wna16_gate_up_silu(attended.view(3, 64), layer["gate_up"])
     dense = dequantize(layer["packed"], gated.dtype)
     return gated @ dense[:8, :5] + lse.sum()
 
@@ -141,6 +160,7 @@ def test_compiles_to_one_graph(dtype: torch.dtype, device: torch.device) -> None
         "seq_lens": torch.tensor([1, 2, 2], dtype=torch.int32, device=device),
         "packed": packed,
         "prepared": prepared,
+        "gate_up": prepare_gate_up(packed, dtype=dtype, backend="torch"),
     }
     x, residual = (inputs.normal(source, (3, 64), dtype, device) for _ in range(2))
     caches = [torch.ones(3, 8, 4, 8, dtype=dtype, device=device) for _ in range(4)]
@@ -185,6 +205,33 @@ def test_tracing_sees_one_operator() -> None:
         ]
 
 
+def test_tracing_keeps_what_the_caller_asked_for() -> None:
+    _, prepared = weights(torch.float32, torch.device("cpu"))
+    for asked in (False, True):
+        graph = make_fx(partial(wna16_linear, weight=prepared, batch_invariant=asked))(torch.ones(3, 64))
+        (node,) = (node for node in graph.graph.nodes if node.op == "call_function")
+        assert node.target is torch.ops.qsun.wna16_linear.default
+        # torch leaves out an argument that is the default.
+        assert (node.args[-1] is True) is asked
+
+
+def test_a_compiled_graph_writes_where_it_was_told() -> None:
+    packed, prepared = weights(torch.float32, torch.device("cpu"))
+    gate_up = prepare_gate_up(packed, dtype=torch.float32, backend="torch")
+    x = inputs.normal(inputs.generator(3), (3, 64), torch.float32)
+
+    def both(x: Tensor, linear_out: Tensor, gated_out: Tensor) -> tuple[Tensor, Tensor]:
+        return (
+            wna16_linear(x, prepared, out=linear_out, batch_invariant=True),
+            wna16_gate_up_silu(x, gate_up, out=gated_out),
+        )
+
+    out = torch.full((3, 16), torch.nan), torch.full((3, 8), torch.nan)
+    torch.compile(both, backend="aot_eager", fullgraph=True)(x, *out)
+    assert torch.equal(out[0], wna16_linear(x, prepared, batch_invariant=True))
+    assert torch.equal(out[1], wna16_gate_up_silu(x, gate_up))
+
+
 def test_public_functions_take_fake_tensors() -> None:
     with FakeTensorMode() as mode:
         fake = mode.from_tensor(torch.ones(3, 8))
@@ -216,6 +263,10 @@ GRADIENT_CASES: dict[str, Callable[[Tensor], Any]] = {
         torch.zeros(1, 1, dtype=torch.int32),
         torch.ones(1, dtype=torch.int32),
         softmax_scale=1.0,
+    ),
+    "wna16_gate_up_silu x": lambda t: wna16_gate_up_silu(
+        t.repeat(1, 8),
+        prepare_gate_up(weights(torch.float32, torch.device("cpu"))[0], dtype=torch.float32),
     ),
     "wna16_linear residual": lambda t: wna16_linear(
         torch.ones(1, 64), weights(torch.float32, torch.device("cpu"))[1], None, torch.cat((t, t), dim=-1)
@@ -249,8 +300,9 @@ def test_direct_calls_of_the_operators_refuse_gradients(name: str) -> None:
 
 
 @pytest.mark.damaged
-def test_a_layout_of_no_backend_is_named() -> None:
-    arguments = list(operator_arguments("wna16_linear", torch.float32, torch.device("cpu")))
+@pytest.mark.parametrize("name", ["wna16_linear", "wna16_gate_up_silu"])
+def test_a_layout_of_no_backend_is_named(name: str) -> None:
+    arguments = list(operator_arguments(name, torch.float32, torch.device("cpu")))
     arguments[2] = "rocm.rows"
     with pytest.raises(ValueError, match=r"layout is 'rocm.rows', expected one that starts with cuda"):
-        torch.ops.qsun.wna16_linear(*arguments)
+        getattr(torch.ops.qsun, name)(*arguments)

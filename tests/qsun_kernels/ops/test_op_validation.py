@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qsun_kernels
-from qsun_kernels import QuantSpec, prepare_weight
+from qsun_kernels import QuantSpec, prepare_gate_up, prepare_weight
 from qsun_kernels.testing import inputs
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -54,6 +54,11 @@ def good_arguments(operator: str) -> dict[str, Any]:
             "softmax_scale": 0.1,
         },
         "wna16_linear": lambda: {"x": torch.ones(3, 32), "weight": prepare_weight(packed(), dtype=F32)},
+        "wna16_gate_up_silu": lambda: {
+            "x": torch.ones(3, 32),
+            "weight": prepare_gate_up(packed(), dtype=F32),
+        },
+        "prepare_gate_up": lambda: {"packed": packed(), "dtype": F16},
         "dequantize": lambda: {"weight": packed(), "dtype": F16},
         "prepare_weight": lambda: {"packed": packed(), "dtype": F16},
     }
@@ -69,8 +74,10 @@ def good_arguments(operator: str) -> dict[str, Any]:
         "write_kv_cache",
         "paged_attention_decode",
         "wna16_linear",
+        "wna16_gate_up_silu",
         "dequantize",
         "prepare_weight",
+        "prepare_gate_up",
     ],
 )
 def test_the_good_arguments_are_good(operator: str) -> None:
@@ -295,6 +302,41 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], list[str]]] = [
         ["out has strides (17, 1)", "contiguous"],
     ),
     ("wna16_linear", {"backend": "triton"}, ValueError, ["backend is 'triton'", "'torch'", "prepared"]),
+    ("wna16_linear", {"batch_invariant": 1}, TypeError, ["batch_invariant is 1", "True or False"]),
+    ("wna16_linear", {"batch_invariant": None}, TypeError, ["batch_invariant is None"]),
+    (
+        "wna16_linear",
+        {"weight": prepare_gate_up(packed(), dtype=F32)},
+        ValueError,
+        ["weight was prepared for wna16_gate_up_silu", "wna16_linear", "prepare_weight"],
+    ),
+    # wna16_gate_up_silu
+    ("wna16_gate_up_silu", {"x": torch.ones(3, 31)}, ValueError, ["x has shape (3, 31)", "(..., 32)"]),
+    (
+        "wna16_gate_up_silu",
+        {"x": torch.ones(3, 32, dtype=BF16)},
+        TypeError,
+        ["x has dtype torch.bfloat16", "float32", "prepared"],
+    ),
+    ("wna16_gate_up_silu", {"x": torch.ones(3, 32, device=META)}, ValueError, ["x is on meta"]),
+    ("wna16_gate_up_silu", {"x": strided(3, 32)}, ValueError, ["x has strides"]),
+    ("wna16_gate_up_silu", {"x": torch.tensor(1.0)}, ValueError, ["x has shape ()"]),
+    ("wna16_gate_up_silu", {"weight": packed()}, TypeError, ["weight is a PackedWeight", "prepare_gate_up"]),
+    (
+        "wna16_gate_up_silu",
+        {"weight": prepare_weight(packed(), dtype=F32)},
+        ValueError,
+        ["weight was prepared for wna16_linear", "wna16_gate_up_silu", "prepare_gate_up"],
+    ),
+    ("wna16_gate_up_silu", {"out": torch.ones(3, 16)}, ValueError, ["out has shape (3, 16)", "(3, 8)"]),
+    ("wna16_gate_up_silu", {"out": torch.ones(3, 8, dtype=F16)}, TypeError, ["out has dtype torch.float16"]),
+    ("wna16_gate_up_silu", {"out": torch.ones(3, 9)[:, :8]}, ValueError, ["out has strides (9, 1)"]),
+    ("wna16_gate_up_silu", {"backend": "triton"}, ValueError, ["backend is 'triton'", "'torch'"]),
+    # prepare_gate_up
+    ("prepare_gate_up", {"packed": torch.ones(16, 32)}, TypeError, ["packed is a Tensor", "PackedWeight"]),
+    ("prepare_gate_up", {"packed": packed(N=17)}, ValueError, ["packed has N = 17 rows", "even"]),
+    ("prepare_gate_up", {"dtype": torch.int8}, TypeError, ["dtype is torch.int8"]),
+    ("prepare_gate_up", {"backend": "tpu"}, ValueError, ["backend is 'tpu'"]),
     # dequantize, prepare_weight
     ("dequantize", {"weight": torch.ones(16, 32)}, TypeError, ["weight is a Tensor", "PackedWeight"]),
     ("dequantize", {"dtype": torch.int8}, TypeError, ["dtype is torch.int8", "torch.bfloat16"]),
@@ -327,6 +369,14 @@ def test_out_must_not_be_the_residual() -> None:
     residual = torch.ones(3, 16)
     with pytest.raises(ValueError, match="out is residual, expected memory of its own"):
         qsun_kernels.wna16_linear(**arguments, residual=residual, out=residual)
+
+
+@pytest.mark.damaged
+def test_out_must_not_be_the_input() -> None:
+    weight = prepare_gate_up(packed(N=16, K=8), dtype=F32)
+    x = torch.ones(3, 8)
+    with pytest.raises(ValueError, match="out is x, expected memory of its own"):
+        qsun_kernels.wna16_gate_up_silu(x, weight, out=x)
 
 
 @pytest.mark.damaged

@@ -131,6 +131,55 @@ def test_repeats_bit_for_bit() -> None:
         assert torch.equal(wna16_linear(x, prepared), wna16_linear(x, prepared))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spec", [QuantSpec(4, 64, True), QuantSpec(8, "channel", False)], ids=str)
+def test_a_batch_invariant_row_is_the_same_in_every_batch(
+    spec: QuantSpec, dtype: torch.dtype, device: torch.device
+) -> None:
+    M, N, K = 33, 128, 512
+    packed = weight_of(spec, N, K, dtype).to(device)
+    source = inputs.generator(7)
+    # Rows 3 apart from a multiple of 16 bytes: no two begin at the same alignment.
+    x = inputs.normal(source, (M, K + 3), dtype, device)[:, :K]
+    bias = inputs.normal(source, (N,), dtype, device)
+    residual = inputs.normal(source, (M, N), dtype, device)
+    prepared = prepare_weight(packed, dtype=dtype, backend="torch")
+    for b, r in [(None, None), (bias, None), (None, residual), (bias, residual)]:
+        whole = wna16_linear(x, prepared, b, r, batch_invariant=True)
+        judge.judge_wna16_linear(whole, x, packed, b, r).require()
+        for first, rows in [(0, 1), (32, 1), (0, 2), (3, 7), (1, 32)]:
+            part = slice(first, first + rows)
+            got = wna16_linear(x[part], prepared, b, None if r is None else r[part], batch_invariant=True)
+            assert torch.equal(got, whole[part])
+        one = wna16_linear(x[5], prepared, b, None if r is None else r[5], batch_invariant=True)
+        assert torch.equal(one, whole[5])
+        out = torch.full_like(whole, torch.nan)
+        assert wna16_linear(x, prepared, b, r, out=out, batch_invariant=True) is out
+        assert torch.equal(out, whole)
+    others = torch.full((9, K), torch.nan, dtype=dtype, device=device)
+    others[8] = x[5]
+    alone = wna16_linear(others, prepared, batch_invariant=True)
+    assert torch.equal(alone[8], wna16_linear(x[5], prepared, batch_invariant=True))
+    assert wna16_linear(x[:0], prepared, bias, batch_invariant=True).shape == (0, N)
+
+
+def test_batch_invariance_does_not_rest_on_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product that rounds by the number of its rows, as some library on some machine will."""
+    exact = torch.mm
+
+    def by_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return exact(x, weight) + x.shape[0]
+
+    packed = weight_of(QuantSpec(8, 64, True), 16, 64, torch.bfloat16)
+    prepared = prepare_weight(packed, dtype=torch.bfloat16, backend="torch")
+    x = inputs.normal(inputs.generator(8), (5, 64), torch.bfloat16)
+    monkeypatch.setattr(torch, "mm", by_rows)
+    assert not torch.equal(wna16_linear(x, prepared)[:1], wna16_linear(x[:1], prepared))
+    whole = wna16_linear(x, prepared, batch_invariant=True)
+    assert torch.equal(whole[:1], wna16_linear(x[:1], prepared, batch_invariant=True))
+    assert torch.equal(whole[1:4], wna16_linear(x[1:4], prepared, batch_invariant=True))
+
+
 def test_scales_are_rounded_to_the_activations() -> None:
     """A float32 scale that bfloat16 cannot hold: every backend multiplies by the rounded one."""
     spec = QuantSpec(4, "channel", True)

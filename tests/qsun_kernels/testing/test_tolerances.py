@@ -15,10 +15,12 @@ from qsun_kernels import (
     apply_rope,
     dequantize,
     paged_attention_decode,
+    prepare_gate_up,
     prepare_weight,
     rms_norm,
     rope_cache,
     silu_and_mul,
+    wna16_gate_up_silu,
     wna16_linear,
 )
 from qsun_kernels.testing import inputs, judge
@@ -173,6 +175,39 @@ def test_a_product_with_a_bug_is_caught(K: int, dtype: torch.dtype) -> None:
     swapped = torch.arange(K)
     swapped[[0, 1]] = swapped[[1, 0]]
     assert wrong(packed, x[:, swapped])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("K", [64, 1024])
+def test_a_gated_product_with_a_bug_is_caught(K: int, dtype: torch.dtype) -> None:
+    source = inputs.generator(6)
+    packed = inputs.packed_weight(source, 96, K, QuantSpec(4, 64, False)).with_scales(dtype)
+    x = inputs.normal(source, (5, K), dtype, std=2.0)
+    prepared = prepare_gate_up(packed, dtype=dtype, backend="torch")
+    judge.judge_wna16_gate_up_silu(wna16_gate_up_silu(x, prepared), x, packed).require()
+    gate, up = (x.double() @ dequantize(packed, torch.float32).double().T).chunk(2, dim=-1)
+
+    def wrong(result: torch.Tensor) -> bool:
+        return not judge.judge_wna16_gate_up_silu(result.to(dtype), x, packed).ok
+
+    silu = torch.nn.functional.silu
+    assert not wrong(silu(gate) * up)
+    assert wrong(silu(up) * gate)
+    assert wrong(gate * up)
+    assert wrong(torch.nn.functional.gelu(gate) * up)
+    assert wrong(silu(gate) * up.roll(1, 1))
+    assert wrong(silu(gate.roll(1, 0)) * up)
+    assert wrong(silu(gate) * (up + x[:, :1] * dequantize(packed, torch.float32)[48:, 0] * 0.5))
+    # As much precision as eight bits less have.
+    coarse = torch.bfloat16 if dtype == torch.float32 else torch.float8_e4m3fn
+    assert wrong(silu(gate.to(coarse).double()) * up)
+    right = wna16_gate_up_silu(x, prepared)
+    columns = torch.tensor([0, 7, 47])
+    assert judge.judge_wna16_gate_up_silu(right, x, packed, columns=columns).ok
+    right[2, 7] = right[2, 7] * 1.5 + 1
+    assert not judge.judge_wna16_gate_up_silu(right, x, packed, columns=columns).ok
+    assert judge.judge_wna16_gate_up_silu(right, x, packed, columns=columns[::2]).ok
+    assert not judge.judge_wna16_gate_up_silu(right[:, :5], x, packed).ok
 
 
 def test_float16_accumulation_is_caught() -> None:

@@ -4,7 +4,7 @@ A script, run by test_triton_compiles.py in a process of its own without TRITON_
 cannot be compiled. Every launcher is called with CPU tensors while the launch itself is replaced by a
 recorder, so that the argument types, the compile-time constants, the number of warps and the specialisation
 on alignment are those of a real call and cannot drift away from it. Prints one JSON object a line: what was
-compiled, and what ptxas and the PTX say about it.
+compiled, and what ptxas, the PTX and the machine code say about it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from qsun_kernels.backends.problems import PreparedWeight
 from qsun_kernels.backends.triton import paged_attention_decode as attention
 from qsun_kernels.backends.triton import wna16_linear as linear
+from qsun_kernels.backends.triton import wna16_rows as rows
+from qsun_kernels.backends.triton import wna16_tiles as tiles
 from qsun_kernels.backends.triton.apply_rope import apply_rope
 from qsun_kernels.backends.triton.dequantize import dequantize
 from qsun_kernels.backends.triton.rms_norm import rms_norm
 from qsun_kernels.backends.triton.silu_and_mul import silu_and_mul
+from qsun_kernels.backends.triton.wna16_configs import choose_tiles, tuned
 from qsun_kernels.backends.triton.write_kv_cache import write_kv_cache
 from qsun_kernels.quant import PackedWeight, QuantSpec
 
@@ -97,6 +102,84 @@ def source_of(kernel: JITFunction, arguments: dict[str, Any]) -> ASTSource:
     return ASTSource(kernel, signature, constants, attributes)
 
 
+def staged_weights(arguments: dict[str, Any], ttgir: str) -> bool:
+    """Whether tiles of weights pass through shared memory on their way to the tensor cores."""
+    if "SLICES" not in arguments:
+        return False
+    shape = f"{arguments['BLOCK_N']}x{arguments['STEP_K']}"
+    if arguments["SLICES"] > 1:
+        shape = f"{arguments['SLICES']}x{shape}"
+    return re.search(rf"memdesc<(?:\d+x)?{shape}x(?:bf16|f16),", ttgir) is not None
+
+
+def unfinished_products(ptx: str) -> list[str]:
+    """What goes on in PTX although a wgmma may still read its operands.
+
+    Registers: a block of instructions ends while a wgmma whose left operand is in registers is in flight.
+    What comes next, in a loop the same block again, may write them, and ptxas does not see to it. Shared
+    memory: it is written while a wgmma is in flight, or with no barrier since the wait (warps wait for their
+    own), whatever the addresses: kernels here need no more.
+    """
+    found = []
+    in_flight: list[bool] = []  # of each group: whether it reads registers
+    group: list[bool] = []
+    passed_barrier = True
+    for number, line in enumerate(ptx.splitlines(), 1):
+        if product := re.search(r"\bwgmma\.mma_async\S*\s+\{[^}]*\}\s*,\s*(\{?)", line):
+            group.append(product.group(1) == "{")
+            passed_barrier = False
+        elif "wgmma.commit_group" in line:
+            in_flight.append(any(group))
+            group = []
+        elif wait := re.search(r"\bwgmma\.wait_group\S*\s+(\d+)", line):
+            in_flight = in_flight[max(0, len(in_flight) - int(wait.group(1))) :]
+        elif re.search(r"\bbar(rier)?\.(cta\.)?sync\b", line):
+            passed_barrier = passed_barrier or not (in_flight or group)
+        elif re.search(r"\b(bra|ret)\b|^\$L__BB", line):
+            if any(in_flight + group):
+                found.append(f"line {number}: {sum(in_flight)} groups with registers at {line.strip()!r}")
+        elif re.search(r"\b(cp\.async\S*\.shared|st\.shared|stmatrix)", line) and not passed_barrier:
+            found.append(f"line {number}: {len(in_flight)} groups in flight at {line.strip()!r}")
+    return found
+
+
+def written_too_early(sass: str) -> list[str]:
+    """Instructions that write a register which an HGMMA in flight reads, each loop run through twice."""
+    found = []
+    pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);"
+    code = [(int(at, 16), name, rest.strip()) for at, name, rest in re.findall(pattern, sass)]
+    index = {at: i for i, (at, _, _) in enumerate(code)}
+    in_flight: list[set[int]] = []
+    group: set[int] = set()
+    jumped: set[int] = set()
+    i = 0
+    while i < len(code):
+        at, name, rest = code[i]
+        i += 1
+        base = name.split(".")[0]
+        if name.startswith("HGMMA"):
+            if left := re.match(r"[^,]*, R(\d+)", rest):
+                group |= set(range(int(left.group(1)), int(left.group(1)) + 4))
+            if "gsb0" in rest:
+                in_flight.append(group)
+                group = set()
+        elif name.startswith("WARPGROUP.DEPBAR"):
+            pending = int(re.search(r"gsb0, (0x[0-9a-f]+)", rest).group(1), 16)
+            in_flight = in_flight[max(0, len(in_flight) - pending) :]
+        elif base == "BRA":
+            target = int(rest.split("0x")[-1], 16)
+            if target < at and at not in jumped:
+                jumped.add(at)
+                i = index[target]
+        elif base not in ("ST", "STG", "STS", "STL", "LDGSTS"):
+            wide = 4 if ".128" in name else 2 if re.search(r"\.(64|WIDE)\b", name) or base == "CS2R" else 1
+            first = re.match(r"R(\d+)\b", rest)
+            written = set(range(int(first.group(1)), int(first.group(1)) + wide)) if first else set()
+            if written & group.union(*in_flight):
+                found.append(f"{at:#x}: {name} {rest}")
+    return found
+
+
 def compiled(case: str, launch: Launch, arch: int) -> dict[str, object]:
     """Compile one launch for sm_`arch` down to machine code, and report on it."""
     kernel, arguments, options = launch
@@ -106,9 +189,10 @@ def compiled(case: str, launch: Launch, arch: int) -> dict[str, object]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        usage, sass = (
+            subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
+            for what in ("-res-usage", "-sass")
+        )
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK"))
     return {
         "kernel": kernel.__name__,
@@ -119,6 +203,9 @@ def compiled(case: str, launch: Launch, arch: int) -> dict[str, object]:
         "registers": registers,
         "stack": stack,
         "atomics": sorted(set(re.findall(r"\b(?:atom|red)\.[\w.:]+", binary.asm["ptx"]))),
+        "staged_weights": staged_weights(arguments, binary.asm["ttgir"]),
+        "unfinished_products": unfinished_products(binary.asm["ptx"]),
+        "written_too_early": written_too_early(sass),
         "tensor_cores": sorted(set(re.findall(r"\bw?g?mma\.[\w.:]+", binary.asm["ptx"]))),
     }
 
@@ -126,7 +213,7 @@ def compiled(case: str, launch: Launch, arch: int) -> dict[str, object]:
 def weight(
     bits: int, group_size: int | str, *, symmetric: bool, act_order: bool, dtype: torch.dtype
 ) -> PackedWeight:
-    N, K = 256, 512
+    N, K = 256, 4096
     spec = QuantSpec(bits, group_size, symmetric)
     G = spec.num_groups(K)
     return PackedWeight(
@@ -155,9 +242,12 @@ def linear_case(
     x = torch.zeros(M, packed.K, dtype=dtype)
     bias = torch.zeros(packed.N, dtype=dtype) if added else None
     residual = torch.zeros(M, packed.N, dtype=dtype) if added else None
-    config = linear.choose(M, 4096, 4096, group_size, act_order, dtype, H100_MULTIPROCESSORS)
     prepared = linear.prepare(packed, dtype)
-    return lambda: linear.wna16_linear(x, prepared, bias, residual, None, config)
+    if prepared.layout == "triton.tiles":
+        config = choose_tiles(M, 4096, 4096, bits)
+    else:
+        config = rows.choose(M, 4096, 4096, group_size, act_order, dtype, H100_MULTIPROCESSORS)
+    return lambda: linear.wna16_linear(x, prepared, bias, residual, config=config)
 
 
 def attention_case(
@@ -199,7 +289,8 @@ def quick_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Every kernel at least once, on the paths that differ most."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     yield from small_cases(bf16)
-    yield "W4 g128 bf16, split K", linear_case(4, 128, bf16)
+    yield "W4 g128 bf16", linear_case(4, 128, bf16)
+    yield "W4 g32 bf16 asymmetric, M=64", linear_case(4, 32, bf16, symmetric=False, M=64, added=True)
     yield "W3 g64 fp16 asymmetric", linear_case(3, 64, fp16, symmetric=False, M=64, added=True)
     yield "W4 g128 bf16 act-order", linear_case(4, 128, bf16, act_order=True, added=True)
     yield "W8 channel fp32", linear_case(8, "channel", fp32, M=3, added=True)
@@ -243,12 +334,47 @@ def more_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "1/1 x 1 bf16 in parts", attention_case(bf16, heads=(1, 1), head_dim=1, parts=2)
 
 
+def tuned_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every kernel of the table of configurations once."""
+    seen = set()
+    for bits, N, K, M, config in tuned():
+        spec = QuantSpec(bits, 128, True)
+        # One word stands for all: only shapes and types count.
+        word = torch.zeros(128, dtype=torch.int32)
+        tensors = (word.expand(-(-N // 16), K * bits // 256, 128), word[:8].expand(-(-N // 16), K // 128, 8))
+        prepared = PreparedWeight(spec, N, K, torch.bfloat16, "triton", "triton.tiles", tensors)
+        x = torch.empty(M, K, dtype=torch.bfloat16)
+        call = partial(linear.wna16_linear, x, prepared, config=config)
+        constants = {
+            name: value for name, value in recorded(call)[0][1].items() if name.isupper() and len(name) > 1
+        }
+        key = (tuple(constants.items()), config.num_warps, config.num_stages)
+        if key not in seen:
+            seen.add(key)
+            yield f"W{bits} {N}x{K} M={M} {config}", call
+
+
 def main() -> None:
     which, *arches = sys.argv[1:]
-    cases = {"quick": quick_cases, "more": more_cases}[which]
-    for name, call in cases():
-        for launch in recorded(call):
-            for arch in map(int, arches):
+    cases = {
+        "quick": quick_cases,
+        "more": more_cases,
+        "tuned": tuned_cases,
+        "unwaited": lambda: [("W4 g128 bf16, M=64", linear_case(4, 128, torch.bfloat16, M=64))],
+    }[which]
+    for arch in map(int, arches):
+        # The tensors are on the CPU, and the launchers decide by the device.
+        tiles.can_launch_early = lambda device, arch=arch: arch >= 90
+        for module in (tiles, rows):
+            module.multiplies_by_warpgroups = lambda device, arch=arch: arch == 90
+        for name, call in cases():
+            launches = recorded(call)
+            if which in ("tuned", "unwaited"):
+                # Without the one that adds the splits.
+                del launches[1:]
+            for launch in launches:
+                if which == "unwaited":
+                    launch[1]["WARPGROUPS"] = False
                 print(json.dumps(compiled(name, launch, arch)), flush=True)
 
 

@@ -47,8 +47,9 @@ def guarded(tensor: Tensor) -> Tensor:
     return flat.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
-def guarded_empty(size: Sequence[int], **kwargs: Any) -> Tensor:
-    return guarded(torch.full(size, torch.nan, **kwargs))
+def guarded_empty(*size: int | Sequence[int], **kwargs: Any) -> Tensor:
+    zeros = torch.zeros(*size, **kwargs)
+    return guarded(zeros.fill_(torch.nan) if zeros.is_floating_point() else zeros)
 
 
 def run(operator: str, *arguments: Any) -> Any:
@@ -64,9 +65,16 @@ def linear(source: torch.Generator, bits: int, group_size: int | str, act_order:
     prepared = wna16_linear.prepare(packed, dtype)
     prepared = replace(prepared, tensors=tuple(guarded(tensor) for tensor in prepared.tensors))
     x, bias, residual = (guarded(inputs.normal(source, shape, dtype)) for shape in ((M, K), (N,), (M, N)))
-    config = wna16_linear.RowsConfig(16, 64, 32, splits, num_warps=4, num_stages=1)
-    out = wna16_linear.wna16_linear(x, prepared, bias, residual, config=config)
-    assert out.isfinite().all()
+    if prepared.layout == "triton.rows":
+        configs = [wna16_linear.RowsConfig(16, 64, 32, splits, num_warps=4, num_stages=1)]
+    else:
+        configs = [
+            wna16_linear.TilesConfig(16, 64, 128, 1, splits, 4, 1, ahead=False, prefetch=16),
+            wna16_linear.TilesConfig(8, 16, 128, 2, splits, 2, 1, ahead=True, prefetch=0),
+        ]
+    for config in configs:
+        out = wna16_linear.wna16_linear(x, prepared, bias, residual, config=config)
+        assert out.isfinite().all()
 
 
 def attention(source: torch.Generator, head_dim: int, block_size: int, parts: int) -> None:
@@ -104,6 +112,7 @@ def main() -> None:
         (2, 32, False, 1),
         (3, 64, False, 2),
         (3, 32, True, 1),
+        (4, 32, True, 1),
         (4, 128, False, 1),
         (8, "channel", False, 2),
     ):

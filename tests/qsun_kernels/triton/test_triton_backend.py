@@ -19,6 +19,7 @@ from qsun_kernels.backends.problems import (
     Problem,
     RmsNormProblem,
     SiluAndMulProblem,
+    Wna16GateUpSiluProblem,
     Wna16Problem,
     WriteKvCacheProblem,
 )
@@ -34,6 +35,7 @@ def problems(device: torch.device, dtype: torch.dtype = BF16) -> list[Problem]:
     weight = (4096, 4096, 4, 128, True, True, dtype, device)
     return [
         Wna16Problem(*weight),
+        Wna16GateUpSiluProblem(*weight),
         DequantizeProblem(*weight),
         PagedAttentionDecodeProblem(32, 8, 128, 16, None, dtype, dtype, device),
         WriteKvCacheProblem(8, 128, 16, dtype, dtype, device),
@@ -60,7 +62,10 @@ def test_it_runs_every_operator_here(device: torch.device) -> None:
         implementation = backend.IMPLEMENTATIONS[problem.operator]
         assert implementation.supports(problem) is None
         line = implementation.describe(problem)
-        assert line.startswith(("wna16_rows_kernel", f"{problem.operator}_kernel")) and "\n" not in line
+        assert (
+            line.startswith(("wna16_rows_kernel", "wna16_linear_kernel", f"{problem.operator}_kernel"))
+            and "\n" not in line
+        )
     assert set(backend.IMPLEMENTATIONS) == {problem.operator for problem in problems(device)}
 
 

@@ -27,9 +27,12 @@ KERNELS = {
     "rms_norm_kernel",
     "silu_and_mul_kernel",
     "wna16_combine_kernel",
+    "wna16_linear_kernel",
     "wna16_rows_kernel",
     "write_kv_cache_kernel",
 }
+
+PRODUCTS = {"paged_attention_decode_kernel", "wna16_linear_kernel", "wna16_rows_kernel"}
 
 
 def compile_cases(cases: str, arches: list[str], cache: Path) -> list[dict[str, Any]]:
@@ -55,7 +58,14 @@ def check(reports: list[dict[str, Any]]) -> None:
         assert report["shared"] <= SHARED_MEMORY_OF_SM_89, f"{name} takes {report['shared']} bytes"
         # Whoever adds first decides the rounding: results would not repeat.
         assert report["atomics"] == [], f"{name} uses {report['atomics']}"
-        is_product = report["kernel"] in ("wna16_rows_kernel", "paged_attention_decode_kernel")
+        # Registers that tensor cores have yet to read, and memory likewise: results would be anything.
+        assert report["unfinished_products"] == [], f"{name}: {report['unfinished_products']}"
+        assert report["written_too_early"] == [], f"{name}: {report['written_too_early']}"
+        # Their layout is made for going straight into the registers that tensor cores read. Before Hopper,
+        # Triton spreads warps over tokens, too, where those are many.
+        is_staged = report["staged_weights"] and report["arch"] >= 90
+        assert not is_staged, f"{name} passes weights through shared memory"
+        is_product = report["kernel"] in PRODUCTS
         in_32_bits = any(word in report["case"] for word in ("fp32", "float32", "fp16 on bf16"))
         if is_product and not in_32_bits:
             assert report["tensor_cores"], f"{name} multiplies without tensor cores"
@@ -65,6 +75,21 @@ def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     reports = compile_cases("quick", ["90"], tmp_path)
     assert {report["kernel"] for report in reports} == KERNELS
     check(reports)
+
+
+def test_a_kernel_that_does_not_wait_for_its_products_is_found(tmp_path: Path) -> None:
+    """Or `check` would pass for seeing nothing."""
+    (report,) = compile_cases("unwaited", ["90"], tmp_path)
+    assert any("registers" in line for line in report["unfinished_products"])
+    with pytest.raises(AssertionError, match="groups with registers"):
+        check([report])
+
+
+@pytest.mark.slow
+def test_every_tuned_kernel_for_hopper(tmp_path: Path) -> None:
+    reports = compile_cases("tuned", ["90"], tmp_path)
+    assert {report["kernel"] for report in reports} == {"wna16_linear_kernel"} and len(reports) > 1
+    check([report | {"stack": 0, "shared": 0} for report in reports])
 
 
 @pytest.mark.slow
