@@ -13,7 +13,7 @@ from qsun.errors import QsunError
 from qsun_bench import commands
 from qsun_bench.cases import suites
 from qsun_bench.results import ResultsError
-from qsun_bench.shapes import SHAPES
+from qsun_bench.shapes import SHAPES, matrices
 from qsun_kernels.errors import BackendUnavailable
 
 _EPILOG = """\
@@ -25,7 +25,15 @@ exit codes:
   4  a backend that was named cannot run here
 """
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "float32": torch.float32,
+    "fp32": torch.float32,
+}
+_BITS = (2, 3, 4, 8)
 
 
 def _integers(text: str) -> tuple[int, ...]:
@@ -48,8 +56,10 @@ def _integer(text: str) -> int:
 def _shape_names(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
     for name in names:
-        if name not in SHAPES:
-            raise argparse.ArgumentTypeError(f"got {name!r}, expected one of {', '.join(SHAPES)}")
+        try:
+            matrices([name])
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error).replace("shape is", "got", 1)) from None
     return names
 
 
@@ -57,6 +67,31 @@ def _group_size(text: str) -> int | str:
     if text not in ("32", "64", "128", "channel"):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected 32, 64, 128 or channel")
     return text if text == "channel" else int(text)
+
+
+def _group_sizes(text: str) -> tuple[int | str, ...]:
+    return tuple(_group_size(part) for part in text.split(","))
+
+
+def _bits(text: str) -> tuple[int, ...]:
+    values = _integers(text)
+    if any(value not in _BITS for value in values):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected some of {', '.join(map(str, _BITS))}")
+    return values
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _limit(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected seconds above 0")
+    return value
 
 
 def _seconds(text: str) -> float:
@@ -100,19 +135,43 @@ def _dtype(text: str) -> torch.dtype:
     return _DTYPES[text]
 
 
-def _precision_options(parser: argparse.ArgumentParser, bits: Sequence[int] = (2, 3, 4, 8)) -> None:
+def _dtypes(text: str) -> tuple[torch.dtype, ...]:
+    return tuple(_dtype(part) for part in text.split(","))
+
+
+def _precision_options(parser: argparse.ArgumentParser, bits: Sequence[int] = _BITS) -> None:
     parser.add_argument("--bits", type=int, choices=bits, default=4)
-    parser.add_argument("--group-size", type=_group_size, help="32, 64, 128 or channel (default: 128 or 64)")
-    parser.add_argument("--asymmetric", action="store_true", help="stored zero points")
+    parser.add_argument(
+        "--group-size", "--group", type=_group_size, help="32, 64, 128 or channel (default: 128 or 64)"
+    )
+    parser.add_argument("--asymmetric", "--zeros", action="store_true", help="stored zero points")
     parser.add_argument("--dtype", type=_dtype, default="bfloat16", help="of activations and KV (bfloat16)")
 
 
 def _selection_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", type=_shape_names, default=(), help="models, comma-separated")
-    parser.add_argument("--batch", type=_integers, default=(), help="batch sizes (M), comma-separated")
+    parser.add_argument(
+        "--shape",
+        "--shapes",
+        type=_shape_names,
+        default=(),
+        help="models, sets (decode7) or MODEL.MATRIX, comma-separated",
+    )
+    parser.add_argument("--batch", "--m", type=_integers, default=(), help="batch sizes (M), comma-separated")
     parser.add_argument("--context", type=_integers, default=(), help="context lengths, comma-separated")
     parser.add_argument("--smoke", action="store_true", help="a few small cases: a check, not a figure")
-    _precision_options(parser)
+    parser.add_argument("--bits", type=_bits, default="4", help="2, 3, 4 and 8, comma-separated (4)")
+    parser.add_argument(
+        "--group-size",
+        "--group",
+        type=_group_sizes,
+        default=(None,),
+        help="32, 64, 128 and channel, comma-separated (default: 128 or 64)",
+    )
+    parser.add_argument("--asymmetric", "--zeros", action="store_true", help="stored zero points")
+    parser.add_argument("--act-order", action="store_true", help="groups given column by column")
+    parser.add_argument(
+        "--dtype", type=_dtypes, default="bfloat16", help="of activations and KV: bf16, fp16, fp32 (bf16)"
+    )
     _device_option(parser)
 
 
@@ -141,8 +200,24 @@ def build_parser() -> argparse.ArgumentParser:
         command = subparsers.add_parser(suite.name, help=f"time {suite.summary}")
         command.set_defaults(run=commands.run_suite, suite=suite)
         _selection_options(command)
-        command.add_argument("--backend", metavar="NAMES", help="only these contenders, comma-separated")
+        command.add_argument(
+            "--backend", type=_names, metavar="NAMES", help="only these contenders, comma-separated"
+        )
+        command.add_argument(
+            "--peers",
+            type=_names,
+            metavar="NAMES",
+            help="all, none, or these peers beside --backend (default: all without --backend, else none)",
+        )
         command.add_argument("--seconds", type=_seconds, default=0.3, help="to measure each case (0.3)")
+        command.add_argument(
+            "--limit", type=_limit, metavar="SECONDS", help="start no further case after that long"
+        )
+        command.add_argument(
+            "--compare",
+            metavar="RUN",
+            help="then against FILE, REVISION:PATH or what REVISION recorded",
+        )
         _output_options(command)
 
     decode = subparsers.add_parser("decode", help="time per output token of the whole decode step")
@@ -172,6 +247,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.set_defaults(run=commands.write_report)
     report.add_argument("--check", action="store_true", help="write nothing; exit 1 when a table differs")
     report.add_argument("--root", type=Path, help="root of the sources (default: this checkout)")
+    report.add_argument("--plots", type=Path, metavar="DIR", help="draw every recorded run there, too")
 
     explain = subparsers.add_parser("explain", help="which kernel would run a problem, and what it must read")
     operators = explain.add_subparsers(dest="operator", required=True, metavar="OPERATOR")
@@ -180,6 +256,7 @@ def build_parser() -> argparse.ArgumentParser:
     for size in ("M", "N", "K"):
         wna16.add_argument(size, type=_integer)
     _precision_options(wna16)
+    wna16.add_argument("--act-order", action="store_true", help="groups given column by column")
     _device_option(wna16)
     return parser
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TextIO, cast
 
 import torch
 
-from qsun_bench import compare, report, results, tables
-from qsun_bench.cases import Selection, Suite, suites
+from qsun_bench import compare, margins, report, results, tables
+from qsun_bench.cases import Case, Selection, Suite, suites
 from qsun_bench.results import ResultsError, Run
 from qsun_kernels.errors import BackendUnavailable
 from qsun_kernels.testing.timing import read_bandwidth
@@ -21,6 +23,7 @@ from qsun_kernels.testing.timing import read_bandwidth
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from qsun_bench.contenders import Contender
     from qsun_kernels.quant import Bits, GroupSize
 
 EXIT_OK = 0
@@ -34,34 +37,43 @@ class UsageError(ValueError):
     """Arguments that are right one by one and make no sense together."""
 
 
-def _selection(arguments: argparse.Namespace) -> Selection:
-    return Selection(
-        device=arguments.device,
-        shapes=arguments.shape,
-        batches=arguments.batch,
-        contexts=arguments.context,
-        bits=arguments.bits,
-        group_size=arguments.group_size,
-        symmetric=not arguments.asymmetric,
-        dtype=arguments.dtype,
-        smoke=arguments.smoke,
-    )
+def _cases(arguments: argparse.Namespace, suite: Suite) -> Sequence[Case]:
+    """The suite's cases for every combination of what is given as a list, each once."""
+    if arguments.act_order and "channel" in arguments.group_size:
+        raise UsageError("--act-order: one group a row leaves no order, expected --group-size 32, 64 or 128")
+    found: dict[Case, None] = {}
+    for bits, group_size, dtype in itertools.product(arguments.bits, arguments.group_size, arguments.dtype):
+        selection = Selection(
+            device=arguments.device,
+            shapes=arguments.shape,
+            batches=arguments.batch,
+            contexts=arguments.context,
+            bits=bits,
+            group_size=group_size,
+            symmetric=not arguments.asymmetric,
+            act_order=arguments.act_order,
+            dtype=dtype,
+            smoke=arguments.smoke,
+        )
+        found.update(dict.fromkeys(suite.cases(selection)))
+    if len({case.name for case in found}) != len(found):
+        raise UsageError(f"--dtype: {suite.name} names its cases without it, expected one dtype at a time")
+    return list(found)
 
 
 def list_cases(arguments: argparse.Namespace) -> int:
     """Every suite: who can run it here, and its cases."""
     from qsun_bench.contenders import contenders
 
-    selection = _selection(arguments)
     for suite in suites().values():
-        cases = suite.cases(selection)
+        cases = _cases(arguments, suite)
         rows = []
         for contender in contenders(suite.op):
-            reasons = [contender.available(case, selection.device) for case in cases]
+            reasons = [contender.available(case, arguments.device) for case in cases]
             able = f"{reasons.count(None)} of {len(cases)} cases"
             refused = "; ".join(dict.fromkeys(reason for reason in reasons if reason))
             rows.append((contender.name, able + (f" ({refused})" if refused else "")))
-        title = f"{suite.name}: {suite.summary}, on {selection.device}"
+        title = f"{suite.name}: {suite.summary}, on {arguments.device}"
         tables.show(title, ("contender", "runs"), rows, text_columns=2)
         tables.show("", ("case", "bytes"), [(case.name, f"{case.bytes:,}") for case in cases])
         print()
@@ -71,42 +83,80 @@ def list_cases(arguments: argparse.Namespace) -> int:
 
 def run_suite(arguments: argparse.Namespace) -> int:
     """Check and time the cases of one operator."""
-    from qsun_bench.contenders import Contender, contenders
-    from qsun_bench.measure import measure
+    from qsun_bench.measure import Outcome, measure
 
     suite: Suite = arguments.suite
-    selection = _selection(arguments)
     recording = _recording(arguments)
-    cases = suite.cases(selection)
-    chosen: Sequence[Contender] = contenders(suite.op)
-    if arguments.backend:
-        known = {contender.name: contender for contender in chosen}
-        named = arguments.backend.split(",")
-        for name in named:
-            if name not in known:
-                raise UsageError(f"--backend: got {name!r}, expected some of {', '.join(known)}")
-        chosen = [known[name] for name in named]
-        for contender in chosen:
-            reasons = [contender.available(case, selection.device) for case in cases]
-            if all(reasons):
-                raise BackendUnavailable(suite.op, contender.name, str(reasons[0]))
+    cases = _cases(arguments, suite)
+    chosen = _chosen(arguments, suite, cases)
+    before = _recorded_run(arguments, suite)
     header = _header(arguments, recording)
-    outcomes = []
+    order = {case.name: i for i, case in enumerate(cases)}
+
+    def run(outcomes: Sequence[Outcome]) -> Run:
+        records = [outcome.record for outcome in outcomes if outcome.record is not None]
+        return Run(header, tuple(sorted(records, key=lambda record: order[record.case])))
+
+    outcomes: list[Outcome] = []
+    end = time.monotonic() + (arguments.limit or float("inf"))
     with _progress(len(cases) * len(chosen)) as advance:
-        for outcome in measure(cases, chosen, selection.device, seconds=arguments.seconds):
+        for outcome in measure(cases, chosen, arguments.device, seconds=arguments.seconds):
+            if outcomes and outcome.contender != outcomes[-1].contender:
+                _keep(run(outcomes), arguments)
             outcomes.append(outcome)
             advance(f"{outcome.case.name} {outcome.contender}")
-    order = {case.name: i for i, case in enumerate(cases)}
-    records = sorted(
-        (outcome.record for outcome in outcomes if outcome.record is not None),
-        key=lambda record: order[record.case],
-    )
+            if time.monotonic() > end:
+                left = len(cases) * len(chosen) - len(outcomes)
+                print(f"not run: {left} of {len(cases) * len(chosen)} (--limit)", file=sys.stderr)
+                break
     for note in dict.fromkeys(f"{o.contender}: {o.note}" for o in outcomes if o.record is None):
         print(f"not run: {note}", file=sys.stderr)
     for outcome in outcomes:
         if outcome.record is not None and not outcome.record.ok:
             print(f"WRONG: {outcome.case.name} {outcome.contender}: {outcome.note}", file=sys.stderr)
-    return _finish(Run(header, tuple(records)), suite.name, suite.baseline, arguments, recording)
+    return _finish(run(outcomes), suite.name, suite.baseline, arguments, recording, before)
+
+
+def _chosen(arguments: argparse.Namespace, suite: Suite, cases: Sequence[Case]) -> Sequence[Contender]:
+    """The contenders that --backend and --peers name. One named by --backend must run, a peer may fail."""
+    from qsun_bench.contenders import contenders
+
+    known = {contender.name: contender for contender in contenders(suite.op)}
+    peers = {name: contender for name, contender in known.items() if not contender.is_ours}
+    named: tuple[str, ...] | None = arguments.backend
+    for name in named or ():
+        if name not in known:
+            raise UsageError(f"--backend: got {name!r}, expected some of {', '.join(known)}")
+        reasons = [known[name].available(case, arguments.device) for case in cases]
+        if all(reasons):
+            raise BackendUnavailable(suite.op, name, str(reasons[0]))
+    asked: tuple[str, ...] = arguments.peers or (("all",) if named is None else ("none",))
+    if asked in (("all",), ("none",)):
+        beside = list(peers) if asked == ("all",) else []
+    else:
+        for name in asked:
+            if name not in peers:
+                raise UsageError(f"--peers: got {name!r}, expected all, none or some of {', '.join(peers)}")
+        beside = list(asked)
+    ours = [name for name in known if name not in peers]
+    return [known[name] for name in dict.fromkeys([*(ours if named is None else named), *beside])]
+
+
+def _recorded_run(arguments: argparse.Namespace, suite: Suite) -> Run | None:
+    """The run that --compare names: a file, REVISION:PATH, or what a revision recorded for this device."""
+    name: str | None = arguments.compare
+    if name is None:
+        return None
+    if ":" not in name and not Path(name).is_file():
+        folder = results.device_folder(arguments.device)
+        name = f"{name}:{(results.RESULTS / folder / suite.name).as_posix()}.json"
+    return results.load(name)
+
+
+def _keep(run: Run, arguments: argparse.Namespace) -> None:
+    """Write what there is so far: a run that is stopped from outside has not been for nothing."""
+    if arguments.json is not None and str(arguments.json) != "-" and run.records:
+        results.write(run, arguments.json)
 
 
 def run_decode(arguments: argparse.Namespace) -> int:
@@ -172,9 +222,14 @@ def _finish(
     baseline: str,
     arguments: argparse.Namespace,
     recording: tuple[Path, str] | None,
+    before: Run | None = None,
 ) -> int:
     to_stdout = arguments.json is not None and str(arguments.json) == "-"
-    tables.show_run(run, baseline, sys.stderr if to_stdout else sys.stdout)
+    stream = sys.stderr if to_stdout else sys.stdout
+    tables.show_run(run, baseline, stream)
+    margins.show(run, stream)
+    if before is not None:
+        _show_comparison(before, run, stream)
     if to_stdout:
         print(run.to_json(), end="")
     elif arguments.json is not None:
@@ -210,23 +265,29 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
 def compare_runs(arguments: argparse.Namespace) -> int:
     """Two recorded runs side by side."""
     before, after = results.load(arguments.before), results.load(arguments.after)
-    if before.header.device != after.header.device:
-        print(
-            f"qsun-bench: the runs are of different devices: {before.header.device}; {after.header.device}",
-            file=sys.stderr,
-        )
-    compared = compare.pairs(before, after)
-    print(f"A: {before.header.line()}\nB: {after.header.line()}")
-    tables.show("", ("case", "backend", "A us", "B us", "A / B"), compare.rows(compared), text_columns=2)
-    mean = compare.geometric_mean(compared)
-    if mean is not None:
-        print(f"geometric mean of A / B: {mean:.3f} (above 1: B is faster)")
+    compared = _show_comparison(before, after, sys.stdout)
     if arguments.fail_above is not None:
         worse = compare.worse(compared, arguments.fail_above)
         for pair in worse:
             print(f"worse: {' '.join(pair.name)}", file=sys.stderr)
         return EXIT_WRONG if worse else EXIT_OK
     return EXIT_OK
+
+
+def _show_comparison(before: Run, after: Run, stream: TextIO) -> Sequence[compare.Pair]:
+    if before.header.device != after.header.device:
+        print(
+            f"qsun-bench: the runs are of different devices: {before.header.device}; {after.header.device}",
+            file=sys.stderr,
+        )
+    compared = compare.pairs(before, after)
+    print(f"A: {before.header.line()}\nB: {after.header.line()}", file=stream)
+    columns = ("case", "backend", "A us", "B us", "A / B")
+    tables.show("", columns, compare.rows(compared), stream, text_columns=2)
+    mean = compare.geometric_mean(compared)
+    if mean is not None:
+        print(f"geometric mean of A / B: {mean:.3f} (above 1: B is faster)", file=stream)
+    return compared
 
 
 def write_report(arguments: argparse.Namespace) -> int:
@@ -244,21 +305,33 @@ def write_report(arguments: argparse.Namespace) -> int:
         else:
             page.path.write_text(page.expected)
             print(f"rewrote the tables of {page.path.relative_to(root)}")
+    if arguments.plots is not None:
+        from qsun_bench import plots
+
+        for path in plots.save_recorded(root, arguments.plots):
+            print(f"drew {path}")
     return EXIT_WRONG if arguments.check and changed else EXIT_OK
 
 
 def explain_wna16(arguments: argparse.Namespace) -> int:
     """Which kernel each backend would use for one matrix product, and what it must read."""
     from qsun_bench.cases.wna16 import Wna16Case
+    from qsun_bench.launches import cuda_launch
     from qsun_kernels.ops.explain import explain_rows
     from qsun_kernels.quant import QuantSpec
 
     group = arguments.group_size or (128 if arguments.K % 128 == 0 else 64)
     spec = QuantSpec(cast("Bits", arguments.bits), cast("GroupSize", group), not arguments.asymmetric)
-    case = Wna16Case("explain", arguments.M, arguments.N, arguments.K, spec, arguments.dtype)
+    sizes = (arguments.M, arguments.N, arguments.K)
+    case = Wna16Case("explain", *sizes, spec, arguments.dtype, arguments.act_order)
     rows = [(row.backend, row.status, row.detail) for row in explain_rows(case.problem(arguments.device))]
-    title = f"{case.op} M={case.M} N={case.N} K={case.K} {spec} {arguments.dtype} on {arguments.device}"
+    order = " act-order" if case.act_order else ""
+    problem = f"M={case.M} N={case.N} K={case.K} {spec}{order} {arguments.dtype}"
+    title = f"{case.op} {problem} on {arguments.device}"
     tables.show(title, ("backend", "", "kernel"), rows, text_columns=3)
+    launch = cuda_launch(case, arguments.device)
+    if launch is not None:
+        print(f"cuda launches {launch}")
     dense = (case.N * case.K + case.M * (case.N + case.K)) * arguments.dtype.itemsize
     flops = 2 * case.M * case.N * case.K
     print(f"reads and writes {case.bytes:,} bytes, {dense / case.bytes:.2f} times fewer than dense;")

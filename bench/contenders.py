@@ -25,12 +25,18 @@ class Contender:
 
     available: None, or why it cannot run a case on a device.
     prepare: lays the operands of a case out in memory of their own and returns what runs them.
+    note: what a reader of its figures must know.
     """
 
     name: str
     op: str
     available: Callable[[Case, torch.device], str | None]
     prepare: Callable[[Any], Prepared]
+    note: str = ""
+
+    @property
+    def is_ours(self) -> bool:
+        return self.name in BACKENDS
 
 
 def _ours(op: str, backend: BackendName, prepare: Callable[[Any, BackendName], Prepared]) -> Contender:
@@ -81,7 +87,7 @@ def contenders(op: str) -> Sequence[Contender]:
         raise ValueError(f"op is {op!r}, expected one of {', '.join(preparers)}")
     ours = [_ours(op, backend, preparers[op]) for backend in BACKENDS]
     others = [
-        Contender(peer.NAME, peer.OPERATOR, peer.available, peer.prepare)
+        Contender(peer.NAME, peer.OPERATOR, peer.available, peer.prepare, getattr(peer, "NOTE", ""))
         for peer in peers.modules()
         if op == peer.OPERATOR
     ]

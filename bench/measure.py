@@ -10,15 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsun_bench.cases import Case, Operands
+from qsun_bench.cases import Case, Operands, Oracle
 from qsun_bench.contenders import Contender
 from qsun_bench.gate import Verdict, judge
 from qsun_bench.peers import Prepared
 from qsun_bench.results import Record
 from qsun_kernels.testing.timing import copies_to_overflow, time_calls
-
-# What a kernel that cannot run raises: the failure is a finding of the benchmark, not the end of it.
-_FAILURES = (RuntimeError, ValueError, TypeError, NotImplementedError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,22 +31,57 @@ class Outcome:
     note: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    """What the gate asks for one case: the same for every contender, so computed once."""
+
+    exact: Tensor
+    plain: Tensor
+    terms: Tensor | None
+
+    @classmethod
+    def of(cls, oracle: Oracle, x: Tensor) -> _Reference:
+        return cls(oracle.exact(x), oracle.plain(x), oracle.terms(x))
+
+
 def measure(
     cases: Sequence[Case], contenders: Sequence[Contender], device: torch.device, *, seconds: float
 ) -> Iterator[Outcome]:
     """Every contender on every case, as each is done.
 
     Cases that stream equal operands are run together: the operands are made and laid out once for all of
-    them. seconds: about how long each timing takes.
+    them, and freed before the next. seconds: about how long each timing takes.
+
+    A contender that raises is a finding, not the end of the run. One that takes the CUDA context with it (an
+    illegal access) ends what can be measured: the rest is told as not run, with the reason.
     """
+    lost = ""
     by_operands = sorted(range(len(cases)), key=lambda i: _first_with_key(cases, i))
     for _, group in itertools.groupby(by_operands, key=lambda i: _first_with_key(cases, i)):
         members = [cases[i] for i in group]
-        operands = members[0].operands(device)
+        if not lost:
+            operands = members[0].operands(device)
+            references: dict[Case, _Reference] = {}
         for contender in contenders:
-            yield from _run_contender(contender, members, operands, device, seconds)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            if lost:
+                yield from (Outcome(case, contender.name, None, lost) for case in members)
+                continue
+            yield from _run_contender(contender, members, operands, references, device, seconds)
+            lost = _why_lost(contender, device)
+        if not lost:
+            del operands, references
+
+
+def _why_lost(contender: Contender, device: torch.device) -> str:
+    """Why nothing more can run on the device after `contender`; empty when it can."""
+    if device.type != "cuda":
+        return ""
+    try:
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        return f"{contender.name} broke the CUDA context before ({_first_line(error)})"
+    return ""
 
 
 def _first_with_key(cases: Sequence[Case], index: int) -> int:
@@ -58,7 +90,12 @@ def _first_with_key(cases: Sequence[Case], index: int) -> int:
 
 
 def _run_contender(
-    contender: Contender, members: Sequence[Case], operands: Operands, device: torch.device, seconds: float
+    contender: Contender,
+    members: Sequence[Case],
+    operands: Operands,
+    references: dict[Case, _Reference],
+    device: torch.device,
+    seconds: float,
 ) -> Iterator[Outcome]:
     possible: list[Case] = []
     for case in members:
@@ -69,20 +106,27 @@ def _run_contender(
             yield Outcome(case, contender.name, None, reason)
     if not possible:
         return
+    verdicts: dict[Case, Verdict] = {}
+    rotation: list[Prepared] = []
+    # Whatever a contender raises is its own finding, and other people's code raises anything.
     try:
         prepared = contender.prepare(operands)
-    except _FAILURES as error:
-        failed = _failure(error)
-        verdicts = dict.fromkeys(possible, failed)
-    else:
-        verdicts = {case: _gate(case, contender, prepared, operands, device) for case in possible}
-    rotation: list[Prepared] = []
-    if any(verdict.ok for verdict in verdicts.values()):
-        size = sum(tensor.nbytes for tensor in prepared.streamed)
-        rotation = [prepared]
-        rotation += [contender.prepare(operands) for _ in range(copies_to_overflow(size, device) - 1)]
+        for case in possible:
+            verdicts[case] = _gate(case, contender, prepared, operands, references, device)
+        if any(verdict.ok for verdict in verdicts.values()):
+            size = sum(tensor.nbytes for tensor in prepared.streamed)
+            rotation = [prepared]
+            rotation += [contender.prepare(operands) for _ in range(copies_to_overflow(size, device) - 1)]
+    except Exception as error:
+        failure = Verdict(False, None, _first_line(error))
+        verdicts = {case: _unless_wrong(verdicts.get(case), failure) for case in possible}
     for case, verdict in verdicts.items():
-        us = _time(case, rotation, device, seconds) if verdict.ok else None
+        us: float | None = None
+        if verdict.ok:
+            try:
+                us = _time(case, rotation, device, seconds)
+            except Exception as error:
+                verdict = Verdict(False, None, _first_line(error))
         record = Record(
             op=case.op,
             case=case.name,
@@ -92,24 +136,46 @@ def _run_contender(
             error=verdict.error,
             ok=verdict.ok,
             fields=case.fields(),
+            note=contender.note if verdict.ok else verdict.reason,
         )
         yield Outcome(case, contender.name, record, verdict.reason)
 
 
+def _unless_wrong(verdict: Verdict | None, failure: Verdict) -> Verdict:
+    """The failure, but a result that was judged wrong stays so."""
+    return failure if verdict is None or verdict.ok else verdict
+
+
 def _gate(
-    case: Case, contender: Contender, prepared: Prepared, operands: Operands, device: torch.device
+    case: Case,
+    contender: Contender,
+    prepared: Prepared,
+    operands: Operands,
+    references: dict[Case, _Reference],
+    device: torch.device,
 ) -> Verdict:
     x = case.activation(device)
     try:
         got = prepared.run(x)
-    except _FAILURES as error:
-        return _failure(error)
-    exact, plain, terms = operands.exact(x), operands.plain(x), operands.terms(x)
-    return judge(f"{case.name} by {contender.name}", got, exact=exact, plain=plain, terms=terms)
+    except Exception as error:
+        return Verdict(False, None, _first_line(error))
+    if prepared.oracle is not None:
+        reference = _Reference.of(prepared.oracle, x)
+    else:
+        if case not in references:
+            references[case] = _Reference.of(operands, x)
+        reference = references[case]
+    return judge(
+        f"{case.name} by {contender.name}",
+        got,
+        exact=reference.exact,
+        plain=reference.plain,
+        terms=reference.terms,
+    )
 
 
-def _failure(error: Exception) -> Verdict:
-    return Verdict(False, None, f"{type(error).__name__}: {error}".splitlines()[0])
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _time(case: Case, rotation: Sequence[Prepared], device: torch.device, seconds: float) -> float:

@@ -1,15 +1,32 @@
-"""Plots of a run (matplotlib, of the extra `bench`)."""
+"""Plots of runs (matplotlib, of the extra `bench`). Ours are lines, peers are marks, the floor is dotted."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from qsun_bench import results
 from qsun_bench.results import Record, ResultsError, Run
+from qsun_kernels.backends.problems import BACKENDS
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+
+_OURS = ("#0072b2", "#56b4e9", "#999999")
+# Apart in shape as well as in colour: prints in grey, and readers who see no difference between the colours.
+_PEERS = (
+    ("#d55e00", "s"),
+    ("#009e73", "^"),
+    ("#cc79a7", "D"),
+    ("#e69f00", "v"),
+    ("#000000", "x"),
+    ("#8c510a", "P"),
+    ("#7570b3", "*"),
+)
 
 
 def save(run: Run, path: Path) -> None:
@@ -19,42 +36,148 @@ def save(run: Run, path: Path) -> None:
     Everything else: the share of the read bandwidth of each case, one bar a contender.
     Raises ResultsError when matplotlib is missing or no record was timed.
     """
+    timed = _timed(run)
+    draw = _over_rows if all("M" in record.fields for record in timed) else _bars
+    _save(run, draw(run, timed), path)
+
+
+def save_roofline(run: Run, path: Path) -> None:
+    """Draw the matrix products of a run as time over bytes, one panel an M, against the floor.
+
+    The floor is the bytes at the read bandwidth in the header. Raises ResultsError as `save` does.
+    """
+    _save(run, _over_bytes(run, [record for record in _timed(run) if "M" in record.fields]), path)
+
+
+def save_recorded(root: Path, folder: Path) -> Sequence[Path]:
+    """Draw every recorded run under `root` into `folder` as SUITE-DEVICE.svg; matrix products as
+    SUITE-DEVICE-roofline.svg, too. Returns what was drawn.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for source in sorted((root / results.RESULTS).glob("*/*.json")):
+        run = results.parse(source.read_text(), str(source))
+        name = f"{source.stem}-{source.parent.name}"
+        plots: list[tuple[str, Callable[[Run, Path], None]]] = [(f"{name}.svg", save)]
+        if any("M" in record.fields and record.ok for record in run.records):
+            plots.append((f"{name}-roofline.svg", save_roofline))
+        for file, draw in plots:
+            draw(run, folder / file)
+            drawn.append(folder / file)
+    return drawn
+
+
+def _timed(run: Run) -> list[Record]:
     if importlib.util.find_spec("matplotlib") is None:
         raise ResultsError("--plot needs matplotlib: pip install 'qsun[bench]'")
     timed = [record for record in run.records if record.ok and record.us is not None]
     if not timed:
         raise ResultsError("--plot: no record was timed, nothing to draw")
-    figure = _over_rows(run, timed) if all("M" in record.fields for record in timed) else _bars(run, timed)
+    return timed
+
+
+def _save(run: Run, figure: Figure, path: Path) -> None:
     figure.suptitle(f"{run.header.device}, commit {run.header.commit}, {run.header.date}", fontsize=9)
-    figure.tight_layout()
     figure.savefig(path, dpi=150)
 
 
-def _over_rows(run: Run, timed: list[Record]) -> Figure:
+def _floor(run: Run, record: Record) -> float:
+    return record.bytes / run.header.read_tb_s * 1e-6
+
+
+def _grid(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
+    across = min(3, count)
+    down = -(-count // across)
+    figure = Figure(figsize=(width * across, height * down + 0.4), layout="constrained")
+    return figure, [figure.add_subplot(down, across, i + 1) for i in range(count)]
+
+
+def _draw_times(
+    axes: Axes, backends: Iterable[str], records: Sequence[Record], over: Callable[[Record], float]
+) -> None:
+    """Time over something, a contender at a time. backends: of the whole figure, so that styles agree."""
+    ours = [name for name in BACKENDS if name in backends]
+    peers = [name for name in backends if name not in BACKENDS]
+    for backend in (*ours, *peers):
+        points = sorted((over(r), r.us or 0.0) for r in records if r.backend == backend)
+        if not points:
+            continue
+        if backend in ours:
+            style: dict[str, Any] = {
+                "color": _OURS[ours.index(backend)],
+                "linestyle": "-",
+                "marker": "o",
+                "markersize": 3,
+            }
+        else:
+            colour, marker = _PEERS[peers.index(backend) % len(_PEERS)]
+            style = {"color": colour, "linestyle": "none", "marker": marker, "markersize": 4.0}
+        axes.plot(*zip(*points, strict=True), linewidth=1.2, label=backend, **style)
+
+
+def _finish_axes(axes: Axes, title: str, below: str) -> None:
+    axes.set_yscale("log")
+    _plain_numbers(axes.yaxis)
+    axes.set_title(title, fontsize=8)
+    axes.set_xlabel(below, fontsize=8)
+    axes.set_ylabel("us", fontsize=8)
+    axes.tick_params(labelsize=7)
+    axes.grid(True, which="both", linewidth=0.3)
+
+
+def _plain_numbers(axis: Axis) -> None:
+    """Ticks at 1, 2 and 5 of each decade, written out: a reader compares times, not exponents."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _legend(figure: Figure) -> None:
+    """One for all panels: their styles agree."""
+    entries: dict[str, Any] = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=6, fontsize=7)
+
+
+def _over_rows(run: Run, timed: list[Record]) -> Figure:
     panels: dict[str, list[Record]] = {}
     for record in timed:
         panels.setdefault(record.case.rpartition(".")[0], []).append(record)
-    across = min(3, len(panels))
-    down = -(-len(panels) // across)
-    figure = Figure(figsize=(4.2 * across, 3.2 * down))
-    for i, (title, records) in enumerate(panels.items()):
-        axes = figure.add_subplot(down, across, i + 1)
-        for backend in dict.fromkeys(record.backend for record in records):
-            points = sorted((r.fields["M"], r.us) for r in records if r.backend == backend)
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=backend)
-        floor = sorted((r.fields["M"], r.bytes / run.header.read_tb_s * 1e-6) for r in records)
+    backends = list(dict.fromkeys(record.backend for record in timed))
+    figure, every = _grid(len(panels), 4.2, 3.2)
+    for axes, (title, records) in zip(every, panels.items(), strict=True):
+        _draw_times(axes, backends, records, lambda r: float(str(r.fields["M"])))
+        floor = sorted({(int(str(r.fields["M"])), _floor(run, r)) for r in records})
         axes.plot(*zip(*floor, strict=True), color="black", linestyle=":", linewidth=1, label="bytes / read")
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        sizes = [int(str(size)) for size, _ in floor]
+        sizes = [size for size, _ in floor]
         axes.set_xticks(sizes, [str(size) for size in sizes])
-        axes.set_title(f"{title}  ({records[0].fields['K']} x {records[0].fields['N']})", fontsize=8)
-        axes.set_xlabel("M")
-        axes.set_ylabel("us")
-        axes.grid(True, which="both", linewidth=0.3)
-        axes.legend(fontsize=7)
+        axes.minorticks_off()
+        _finish_axes(axes, f"{title}  ({records[0].fields['K']} x {records[0].fields['N']})", "M")
+    _legend(figure)
+    return figure
+
+
+def _over_bytes(run: Run, timed: list[Record]) -> Figure:
+    panels: dict[int, list[Record]] = {}
+    for record in timed:
+        panels.setdefault(int(str(record.fields["M"])), []).append(record)
+    backends = list(dict.fromkeys(record.backend for record in timed))
+    figure, every = _grid(len(panels), 4.2, 3.2)
+    for axes, (M, records) in zip(every, sorted(panels.items()), strict=True):
+        _draw_times(axes, backends, records, lambda r: r.bytes * 1e-6)
+        floor = sorted({(r.bytes * 1e-6, _floor(run, r)) for r in records})
+        axes.plot(*zip(*floor, strict=True), color="black", linestyle=":", linewidth=1, label="bytes / read")
+        axes.set_xscale("log")
+        _plain_numbers(axes.xaxis)
+        _finish_axes(axes, f"M = {M}", f"MB read and written ({run.header.read_tb_s:.3g} TB/s dotted)")
+    _legend(figure)
     return figure
 
 
@@ -63,7 +186,7 @@ def _bars(run: Run, timed: list[Record]) -> Figure:
 
     cases = list(dict.fromkeys(record.case for record in timed))
     backends = list(dict.fromkeys(record.backend for record in timed))
-    figure = Figure(figsize=(8, 1.2 + 0.25 * len(cases) * len(backends)))
+    figure = Figure(figsize=(8, 1.2 + 0.25 * len(cases) * len(backends)), layout="constrained")
     axes = figure.add_subplot()
     height = 0.8 / len(backends)
     for b, backend in enumerate(backends):

@@ -9,12 +9,21 @@ from qsun_kernels.quant import PackedWeight, QuantSpec
 
 
 def random_packed_weight(
-    N: int, K: int, spec: QuantSpec, dtype: torch.dtype, generator: torch.Generator
+    N: int,
+    K: int,
+    spec: QuantSpec,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    *,
+    act_order: bool = False,
 ) -> PackedWeight:
     """Uniform codes, scales of `dtype` spread over a factor of three, zero points near the middle.
 
     A uniform code has variance max_code**2 / 12, so entries of variance 1/K need a scale of sqrt(12/K) /
     max_code: inputs of unit variance then give outputs of unit variance.
+
+    act_order: the columns of a group lie scattered over the row, as they do when a quantiser sorted them by
+    importance.
     """
     device = generator.device
     shape, groups = (N, K), spec.num_groups(K)
@@ -27,7 +36,11 @@ def random_packed_weight(
         zeros = torch.randint(
             middle - 1, middle + 1, (N, groups), dtype=torch.uint8, device=device, generator=generator
         )
-    return PackedWeight.from_codes(codes, scales, spec, zeros)
+    g_idx: Tensor | None = None
+    if act_order:
+        scattered = torch.randperm(K, device=device, generator=generator)
+        g_idx = (scattered // spec.columns_per_group(K)).int()
+    return PackedWeight.from_codes(codes, scales, spec, zeros, g_idx)
 
 
 def weight_bytes(N: int, K: int, spec: QuantSpec | None, dtype: torch.dtype) -> int:

@@ -1,8 +1,8 @@
 """The tables of README.md and docs/, generated from recorded runs.
 
 A block stands between `<!-- bench:NAME -->` and `<!-- /bench -->`, each on a line of its own; NAME is
-SUITE-DEVICE, for example `wna16-h100`, and stands for bench/results/DEVICE/SUITE.json. What is between the
-marks is overwritten.
+SUITE-DEVICE, for example `wna16-h100`, and stands for bench/results/DEVICE/SUITE.json; SUITE-DEVICE:margins
+for the same run against its best peers and the floor. What is between the marks is overwritten.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qsun_bench import results, tables
+from qsun_bench import margins, results, tables
 from qsun_bench.results import Record, ResultsError, Run
 
 _BLOCK = re.compile(
@@ -73,13 +73,18 @@ def regenerate(text: str, root: Path, path: Path) -> str:
 
 def render(name: str, root: Path, path: Path) -> str:
     """The body of one block."""
-    suite, _, device = name.rpartition("-")
+    recorded, _, view = name.partition(":")
+    suite, _, device = recorded.rpartition("-")
+    if view not in ("", "margins"):
+        raise ResultsError(f"{path}: block bench:{name} asks for {view!r}, expected nothing or margins")
     source = root / results.RESULTS / device / f"{suite}.json"
     if not suite or not source.is_file():
         raise ResultsError(
             f"{path}: block bench:{name} needs {source.relative_to(root)}, which is not recorded"
         )
     run = results.parse(source.read_text(), str(source.relative_to(root)))
+    if view == "margins":
+        return f"{run.header.line()}\n\n{margins.markdown(run)}"
     table = _by_rows(run) if all("M" in r.fields for r in run.records) else _by_case(run)
     return f"{run.header.line()}\n\n{table}"
 
@@ -87,7 +92,9 @@ def render(name: str, root: Path, path: Path) -> str:
 def _cell(record: Record | None) -> str:
     if record is None:
         return ""
-    return "wrong" if not record.ok or record.us is None else f"{record.us:.1f}"
+    if not record.ok or record.us is None:
+        return "failed" if record.failed else "wrong"
+    return f"{record.us:.1f}"
 
 
 def _by_rows(run: Run) -> str:

@@ -7,7 +7,8 @@
 us: median microseconds, null when the result was wrong and nothing was timed. bytes: algorithmic bytes.
 error: the largest error against float64 as a multiple of what is tolerated (1 is the limit), null when
 nothing came out. ok: whether the result was right. read_tb_s: the read-only bandwidth of the device in the
-same run, TB/s.
+same run, TB/s. note: only where there is one: why a result was wrong or did not come, or what a peer's figure
+was taken with.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One contender on one case; `fields` are the problem's."""
+    """One contender on one case; `fields` are the problem's. note: see the module."""
 
     op: str
     case: str
@@ -84,6 +85,12 @@ class Record:
     error: float | None
     ok: bool
     fields: Mapping[str, Json] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether nothing came out that could be judged, as opposed to something wrong."""
+        return not self.ok and self.error is None
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -108,6 +115,8 @@ class Run:
         rows = []
         for record in self.records:
             row = {name: getattr(record, name) for name in _RECORD_TYPES} | dict(record.fields)
+            if record.note:
+                row["note"] = record.note
             rows.append("    " + json.dumps(row))
         header = json.dumps(asdict(self.header))
         body = ",\n".join(rows)
@@ -130,8 +139,11 @@ def parse(text: str, source: str) -> Run:
         checked = _checked(row, _RECORD_TYPES, f"{source}: records[{i}]", extra=True)
         if checked["ok"] and not (isinstance(checked["us"], (int, float)) and checked["us"] > 0):
             raise ResultsError(f"{source}: records[{i}].us is {checked['us']!r}, expected a positive time")
+        note = checked.pop("note", "")
+        if not isinstance(note, str):
+            raise ResultsError(f"{source}: records[{i}].note is {note!r}, expected str")
         fields = {name: value for name, value in checked.items() if name not in _RECORD_TYPES}
-        records.append(Record(**{name: checked[name] for name in _RECORD_TYPES}, fields=fields))
+        records.append(Record(**{name: checked[name] for name in _RECORD_TYPES}, fields=fields, note=note))
     return Run(Header(**header), tuple(records))
 
 

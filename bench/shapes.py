@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,9 +49,48 @@ SHAPES: Mapping[str, ModelShape] = {
     )
 }
 
+MATRIX_SETS: Mapping[str, tuple[tuple[str, str], ...]] = {
+    # From 9 to 242 MB in W4 g128: every size at which the launch, the grid or the memory decides.
+    "decode7": (
+        ("llama-3.1-8b", "o"),
+        ("llama-3.1-8b", "qkv"),
+        ("llama-3.1-8b", "gate_up"),
+        ("llama-3.1-8b", "down"),
+        ("llama-3.1-70b", "qkv"),
+        ("llama-3.1-70b", "gate_up"),
+        ("llama-3.1-70b", "down"),
+    ),
+}
+"""Named choices of (model, matrix), accepted wherever a model is, as is MODEL.MATRIX."""
+
+SHAPE_NAMES: tuple[str, ...] = (*SHAPES, *MATRIX_SETS)
+
 
 def shape(name: str) -> ModelShape:
     """The shape of that name; ValueError with the known names for another."""
     if name not in SHAPES:
-        raise ValueError(f"shape is {name!r}, expected one of {', '.join(SHAPES)}")
+        raise ValueError(f"shape is {name!r}, expected one of {', '.join(SHAPE_NAMES)} or MODEL.MATRIX")
     return SHAPES[name]
+
+
+def matrices(names: Sequence[str]) -> Sequence[tuple[ModelShape, str]]:
+    """(model, matrix) of every matrix of the named models and sets and of MODEL.MATRIX, each once."""
+    found: dict[tuple[str, str], ModelShape] = {}
+    for name in names:
+        for model, matrix in _matrices_of(name):
+            found.setdefault((model, matrix), shape(model))
+    return [(sizes, matrix) for (_, matrix), sizes in found.items()]
+
+
+def _matrices_of(name: str) -> Sequence[tuple[str, str]]:
+    if name in MATRIX_SETS:
+        return MATRIX_SETS[name]
+    model, _, matrix = name.rpartition(".")
+    if name not in SHAPES and model in SHAPES and matrix in SHAPES[model].linears:
+        return [(model, matrix)]
+    return [(name, matrix) for matrix in shape(name).linears]
+
+
+def models(names: Sequence[str]) -> Sequence[ModelShape]:
+    """The named models and those that the named sets take matrices from, each once."""
+    return list({sizes.name: sizes for sizes, _ in matrices(names)}.values())

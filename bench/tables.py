@@ -69,7 +69,8 @@ def record_row(record: Record, run_read_tb_s: float, baselines: Mapping[str, Rec
     """One record under COLUMNS."""
     error = "none" if record.error is None else f"{record.error:.2g}"
     if not record.ok or record.us is None or record.gb_s is None:
-        return (record.case, record.backend, "WRONG", "", "", "", error)
+        verdict = "FAILED" if record.failed else "WRONG"
+        return (record.case, record.backend, verdict, "", "", "", error)
     share = record.gb_s / (run_read_tb_s * 1e3)
     return (
         record.case,

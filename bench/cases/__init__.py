@@ -33,19 +33,13 @@ class Selection:
     bits: int = 4
     group_size: int | str | None = None
     symmetric: bool = True
+    act_order: bool = False
     dtype: torch.dtype = torch.bfloat16
     smoke: bool = False
 
 
-class Operands(Protocol):
-    """The part of a case that streams from memory: a weight, or a KV cache."""
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Every tensor that the call reads from memory."""
-
-    def copy(self) -> Any:
-        """The same values in memory of their own."""
+class Oracle(Protocol):
+    """What is right."""
 
     def exact(self, activation: Tensor) -> Tensor:
         """The result in float64, from the float64 values of the same operands."""
@@ -55,6 +49,17 @@ class Operands(Protocol):
 
     def terms(self, activation: Tensor) -> Tensor | None:
         """The sum of the absolute values that each element adds up, float64; None if not known."""
+
+
+class Operands(Oracle, Protocol):
+    """The part of a case that streams from memory: a weight, or a KV cache."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor that the call reads from memory."""
+
+    def copy(self) -> Any:
+        """The same values in memory of their own."""
 
 
 class Case(Protocol):

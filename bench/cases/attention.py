@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qsun_bench.cases import Json, Selection, Suite, generator
-from qsun_bench.shapes import shape
+from qsun_bench.shapes import models
 from qsun_kernels.backends.problems import PagedAttentionDecodeProblem
 from qsun_kernels.testing.inputs import zipf_lengths
 
@@ -188,8 +188,7 @@ def cases(selection: Selection) -> Sequence[AttentionCase]:
     ]
     seen: set[object] = set()
     found: list[AttentionCase] = []
-    for name in names:
-        sizes = shape(name)
+    for sizes in models(names):
         key = (sizes.q_heads, sizes.kv_heads, sizes.head_dim)
         if key in seen:
             continue

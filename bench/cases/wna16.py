@@ -11,12 +11,29 @@ from torch import Tensor
 
 from qsun_bench.cases import Json, Selection, Suite, generator
 from qsun_bench.random_weights import random_packed_weight, weight_bytes
-from qsun_bench.shapes import ModelShape, shape
+from qsun_bench.shapes import ModelShape, matrices
 from qsun_kernels.backends.problems import Wna16Problem
 from qsun_kernels.quant import Bits, GroupSize, PackedWeight, QuantSpec
 
-_CUDA_M = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+DECODE_M = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _CPU_M = (1, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class DenseOracle:
+    """What x @ weight.T is, for a weight (N, K) in float64 and activations of `dtype`."""
+
+    weight: Tensor
+    dtype: torch.dtype
+
+    def exact(self, activation: Tensor) -> Tensor:
+        return activation.double() @ self.weight.T
+
+    def plain(self, activation: Tensor) -> Tensor:
+        return activation @ self.weight.to(self.dtype).T
+
+    def terms(self, activation: Tensor) -> Tensor:
+        return activation.double().abs() @ self.weight.abs().T
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +65,20 @@ class Wna16Operands:
         return self._dense[dtype]
 
     def exact(self, activation: Tensor) -> Tensor:
-        return activation.double() @ self.dense(torch.float64).T
+        return DenseOracle(self.dense(torch.float64), self.dtype).exact(activation)
 
     def plain(self, activation: Tensor) -> Tensor:
         return activation @ self.dense(self.dtype).T
 
     def terms(self, activation: Tensor) -> Tensor:
-        return activation.double().abs() @ self.dense(torch.float64).abs().T
+        return DenseOracle(self.dense(torch.float64), self.dtype).terms(activation)
 
 
 @dataclass(frozen=True, slots=True)
 class Wna16Case:
-    """x (M, K) times a weight (N, K) of `spec`. label: the model and the matrix."""
+    """x (M, K) times a weight (N, K) of `spec`. label: the model and the matrix. act_order: groups given
+    column by column.
+    """
 
     op: ClassVar[str] = "wna16_linear"
 
@@ -69,24 +88,29 @@ class Wna16Case:
     K: int
     spec: QuantSpec
     dtype: torch.dtype
+    act_order: bool = False
 
     @property
     def name(self) -> str:
         group = "channel" if self.spec.group_size == "channel" else f"g{self.spec.group_size}"
         zeros = "" if self.spec.symmetric else "z"
-        return f"{self.label}.w{self.spec.bits}{group}{zeros}.M{self.M}"
+        order = "a" if self.act_order else ""
+        dtype = "" if self.dtype == torch.bfloat16 else "." + str(self.dtype).removeprefix("torch.")
+        return f"{self.label}.w{self.spec.bits}{group}{zeros}{order}{dtype}.M{self.M}"
 
     @property
     def bytes(self) -> int:
         activations = self.M * (self.K + self.N) * self.dtype.itemsize
-        return weight_bytes(self.N, self.K, self.spec, self.dtype) + activations
+        group_index = 4 * self.K if self.act_order else 0
+        return weight_bytes(self.N, self.K, self.spec, self.dtype) + group_index + activations
 
     @property
     def operands_key(self) -> object:
-        return (self.N, self.K, self.spec, self.dtype)
+        key = (self.N, self.K, self.spec, self.dtype)
+        return (*key, "act-order") if self.act_order else key
 
     def fields(self) -> dict[str, Json]:
-        return {
+        fields: dict[str, Json] = {
             "M": self.M,
             "N": self.N,
             "K": self.K,
@@ -95,16 +119,19 @@ class Wna16Case:
             "symmetric": self.spec.symmetric,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
+        # Only where it is: older recorded runs say nothing of it and stay comparable.
+        return fields | ({"act_order": True} if self.act_order else {})
 
     def problem(self, device: torch.device) -> Wna16Problem:
         spec = self.spec
         return Wna16Problem(
-            self.N, self.K, spec.bits, spec.group_size, spec.symmetric, False, self.dtype, device
+            self.N, self.K, spec.bits, spec.group_size, spec.symmetric, self.act_order, self.dtype, device
         )
 
     def operands(self, device: torch.device) -> Wna16Operands:
         g = generator(device, "weight", self.operands_key)
-        return Wna16Operands(random_packed_weight(self.N, self.K, self.spec, self.dtype, g), self.dtype)
+        weight = random_packed_weight(self.N, self.K, self.spec, self.dtype, g, act_order=self.act_order)
+        return Wna16Operands(weight, self.dtype)
 
     def activation(self, device: torch.device) -> Tensor:
         g = generator(device, "x", self.M, self.K)
@@ -127,20 +154,20 @@ def cases(selection: Selection) -> Sequence[Wna16Case]:
     names = selection.shapes or (
         ("llama-3.1-8b", "qwen3-8b", "llama-3.1-70b") if on_cuda else ("smollm2-135m",)
     )
-    rows = selection.batches or (_CUDA_M if on_cuda else _CPU_M)
+    rows = selection.batches or (DECODE_M if on_cuda else _CPU_M)
     if selection.smoke:
         names, rows = selection.shapes or ("smollm2-135m",), selection.batches or (1, 8)
     seen: set[object] = set()
     found: list[Wna16Case] = []
-    for name in names:
-        group_size = _group_size(selection, shape(name))
-        for matrix, (N, K) in shape(name).linears.items():
-            spec = QuantSpec(cast(Bits, selection.bits), group_size, selection.symmetric)
-            key = (N, K, spec)
-            if key in seen:
-                continue
-            seen.add(key)
-            found += [Wna16Case(f"{name}.{matrix}", M, N, K, spec, selection.dtype) for M in rows]
+    for sizes, matrix in matrices(names):
+        N, K = sizes.linears[matrix]
+        spec = QuantSpec(cast(Bits, selection.bits), _group_size(selection, sizes), selection.symmetric)
+        key = (N, K, spec)
+        if key in seen:
+            continue
+        seen.add(key)
+        label = f"{sizes.name}.{matrix}"
+        found += [Wna16Case(label, M, N, K, spec, selection.dtype, selection.act_order) for M in rows]
     return found
 
 

@@ -2,8 +2,9 @@
 
 A peer is a module of this folder with NAME (as in the records), OPERATOR (ours that it is compared with),
 `available(case, device)` -> None or the reason it cannot run that case, and `prepare(operands)` ->
-Prepared, whose `run(activation)` is timed. A peer whose package is not installed says so in `available`; it
-is imported nowhere else.
+Prepared, whose `run(activation)` is timed. It may have a NOTE: what a reader of its figures must know. A peer
+whose package is not installed says so in `available`; the package is imported nowhere else, and only once the
+device and the problem are ones that it takes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from qsun_bench.cases import Case
+from qsun_bench.cases import Case, Oracle
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +26,13 @@ class Prepared:
     """Operands in a contender's own layout.
 
     run: activation -> result, the call that is timed. streamed: the tensors that the call reads from memory.
+    oracle: what the result is judged by where the contender's format cannot hold the operands' values; None
+    means by the operands.
     """
 
     run: Callable[[Tensor], Tensor]
     streamed: tuple[Tensor, ...]
+    oracle: Oracle | None = None
 
 
 class Peer(Protocol):

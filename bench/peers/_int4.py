@@ -20,6 +20,8 @@ def refusal(case: Case, device: torch.device, *, n_multiple: int, k_multiple: in
         return f"bfloat16 only, got {problem.dtype}"
     if problem.group_size not in (32, 64, 128):
         return f"group sizes 32, 64 and 128 only, got {problem.group_size}"
+    if problem.has_g_idx:
+        return "no act-order"
     if problem.K % problem.group_size or problem.K % k_multiple:
         return f"K must be a multiple of the group size and of {k_multiple}, got {problem.K}"
     if problem.N % n_multiple:

@@ -10,7 +10,7 @@ from qsun_bench.cases import Case, Selection, suites
 from qsun_bench.cases.attention import AttentionCase
 from qsun_bench.cases.wna16 import Wna16Case
 from qsun_bench.contenders import contenders
-from qsun_bench.shapes import SHAPES, shape
+from qsun_bench.shapes import SHAPES, matrices, models, shape
 from qsun_kernels.backends.problems import BACKENDS
 from qsun_kernels.quant import QuantSpec
 
@@ -29,6 +29,26 @@ def test_the_shapes_are_those_of_the_published_models() -> None:
     assert shape("smollm2-135m").linears["qkv"] == (960, 576)
     with pytest.raises(ValueError, match=r"shape is 'gpt-5', expected one of smollm2-135m"):
         shape("gpt-5")
+
+
+def test_a_set_of_matrices_and_a_single_one() -> None:
+    sizes = [model.linears[matrix] for model, matrix in matrices(["decode7"])]
+    assert [(K, N) for N, K in sizes] == [
+        (4096, 4096),
+        (4096, 6144),
+        (4096, 28672),
+        (14336, 4096),
+        (8192, 10240),
+        (8192, 57344),
+        (28672, 8192),
+    ]
+    selection = Selection(torch.device("cuda"), shapes=("decode7", "llama-3.1-8b.o", "llama-3.1-8b"))
+    cases = suites()["wna16"].cases(selection)
+    assert len(cases) == 63 and len({case.name for case in cases}) == 63
+    assert [model.name for model in models(["decode7"])] == ["llama-3.1-8b", "llama-3.1-70b"]
+    assert suites()["attention"].cases(Selection(CPU, shapes=("decode7",)))
+    with pytest.raises(ValueError, match=r"shape is 'llama-3.1-8b.x', expected one of"):
+        matrices(["llama-3.1-8b.x"])
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -70,6 +90,19 @@ def test_bytes_of_a_matrix_product() -> None:
     assert zeros.bytes == 64 * 128 // 2 + 64 * 4 * 2 + 64 * 4 // 2 + 2 * (64 + 128)
 
 
+def test_act_order_and_dtype_are_in_the_name_and_the_bytes() -> None:
+    spec = QuantSpec(4, 32, False)
+    plain = Wna16Case("m", 1, 48, 96, spec, torch.float16)
+    ordered = Wna16Case("m", 1, 48, 96, spec, torch.float16, act_order=True)
+    assert (plain.name, ordered.name) == ("m.w4g32z.float16.M1", "m.w4g32za.float16.M1")
+    assert ordered.bytes == plain.bytes + 4 * 96
+    assert "act_order" not in plain.fields() and ordered.fields()["act_order"] is True
+    assert ordered.operands_key != plain.operands_key and ordered.problem(CPU).has_g_idx
+    g_idx = ordered.operands(CPU).weight.g_idx
+    assert g_idx is not None and g_idx.bincount().tolist() == [32, 32, 32]
+    assert not torch.equal(g_idx, g_idx.sort().values)
+
+
 def test_bytes_of_attention() -> None:
     case = AttentionCase("a", (100, 7), 8, 2, 64, torch.bfloat16)
     assert case.bytes == 2 * 107 * 2 * 64 * 2 + (7 + 1) * 4 + 2 * 4 + 2 * 2 * 8 * 64 * 2
@@ -80,6 +113,7 @@ def test_bytes_of_attention() -> None:
 SMALL: tuple[Case, ...] = (
     Wna16Case("m", 3, 48, 96, QuantSpec(4, 32, True), torch.bfloat16),
     Wna16Case("m", 3, 48, 100, QuantSpec(3, 32, False), torch.float16),
+    Wna16Case("m", 3, 48, 96, QuantSpec(4, 32, True), torch.bfloat16, act_order=True),
     AttentionCase("a", (33, 1, 16), 4, 2, 32, torch.bfloat16),
     AttentionCase("a", (33, 5), 4, 2, 32, torch.float32, window=8),
 )
@@ -109,7 +143,17 @@ def test_the_oracle_agrees_with_torch_and_our_reference(case: Case) -> None:
 def test_ours_and_the_peers_are_known() -> None:
     by_op = {suite.op: [c.name for c in contenders(suite.op)] for suite in suites().values()}
     assert by_op == {
-        "wna16_linear": [*BACKENDS, "dense", "int4pack_cpu", "tinygemm"],
+        "wna16_linear": [
+            *BACKENDS,
+            "bitsandbytes",
+            "dense",
+            "gemlite",
+            "humming",
+            "int4pack_cpu",
+            "machete",
+            "marlin",
+            "tinygemm",
+        ],
         "paged_attention_decode": [*BACKENDS, "sdpa"],
     }
     assert {peer.OPERATOR for peer in peers.modules()} <= set(by_op)
@@ -134,6 +178,11 @@ def test_ours_and_the_peers_are_known() -> None:
             "channel",
         ),
         (Wna16Case("m", 1, 48, 96, QuantSpec(4, 32, True), torch.bfloat16), "tinygemm", "device is cpu"),
+        (
+            Wna16Case("m", 1, 48, 96, QuantSpec(4, 32, True), torch.bfloat16, True),
+            "int4pack_cpu",
+            "no act-order",
+        ),
         (Wna16Case("m", 1, 48, 96, QuantSpec(4, 32, True), torch.bfloat16), "triton", "interpreter"),
     ],
 )

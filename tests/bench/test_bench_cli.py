@@ -11,6 +11,7 @@ import pytest
 from qsun_bench import commands, results
 from qsun_bench.cli import main
 from qsun_bench.results import Header, Record, Run
+from qsun_kernels.backends import cuda
 from qsun_kernels.testing import timing
 
 HEADER = Header("cpu (test)", "0123456789ab", "2026-01-31", "2.13.0", None, None, "qsun-bench wna16", 0.02)
@@ -83,6 +84,69 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
     assert "reads and writes 69,120 bytes" in out
 
 
+def test_explain_knows_act_order_and_the_launch(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--bits", "3", "--group", "32", "--zeros", "--act-order", "--device", "cpu"]
+    assert main(["explain", "wna16", "1", "256", "512", *options]) == 0
+    out = capsys.readouterr().out
+    assert "W3 g32 asymmetric act-order" in out
+    assert ("cuda launches" in out) == bool(cuda.build_info())
+
+
+def run_of(arguments: list[str], out: Path) -> Run:
+    options = ["--device", "cpu", "--seconds", "0.005", "--json", str(out)]
+    assert main(["wna16", *arguments, *options]) == 0
+    return results.load(str(out))
+
+
+def test_lists_make_every_combination_once(tmp_path: Path) -> None:
+    options = ["--shapes", "smollm2-135m.o,smollm2-135m.o", "--m", "1,17", "--bits", "4,3", "--group", "64"]
+    run = run_of([*options, "--dtype", "bf16,fp16", "--peers", "none"], tmp_path / "run.json")
+    assert {record.backend for record in run.records} == {"torch"}
+    assert [record.case.removeprefix("smollm2-135m.o.") for record in run.records] == [
+        f"w{bits}g64{dtype}.M{M}" for bits in (4, 3) for dtype in ("", ".float16") for M in (1, 17)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ([], ("torch", "dense", "int4pack_cpu")),
+        (["--peers", "all"], ("torch", "dense", "int4pack_cpu")),
+        (["--peers", "none"], ("torch",)),
+        (["--peers", "dense,marlin"], ("torch", "dense")),
+        (["--backend", "torch"], ("torch",)),
+        (["--backend", "int4pack_cpu"], ("int4pack_cpu",)),
+        (["--backend", "torch", "--peers", "dense"], ("torch", "dense")),
+    ],
+    ids=" ".join,
+)
+def test_who_is_run(options: list[str], names: tuple[str, ...], tmp_path: Path) -> None:
+    run = run_of(["--shape", "smollm2-135m.o", "--m", "1", *options], tmp_path / "run.json")
+    assert {record.backend for record in run.records} == set(names)
+
+
+def test_margins_follow_the_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run_of(["--shape", "smollm2-135m.o", "--m", "1,2"], tmp_path / "run.json")
+    out = capsys.readouterr().out
+    assert "best peer / ours" in out and "geometric mean" in out and "share of the byte floor" in out
+
+
+def test_a_run_is_compared_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--shape", "smollm2-135m.o", "--m", "1", "--peers", "none"]
+    run_of(options, tmp_path / "a.json")
+    run_of([*options, "--compare", str(tmp_path / "a.json")], tmp_path / "b.json")
+    assert "geometric mean of A / B" in capsys.readouterr().out
+    assert main(["wna16", *options, "--device", "cpu", "--compare", "no-such-revision"]) == 3
+    assert "no-such-revision:bench/results/cpu/wna16.json" in capsys.readouterr().err
+
+
+def test_a_run_ends_at_its_limit_and_keeps_what_it_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of(["--shape", "smollm2-135m", "--m", "1,2", "--limit", "0.001"], tmp_path / "run.json")
+    assert len(run.records) < 8 and "(--limit)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -92,7 +156,14 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
         (["wna16", "--group-size", "100"], "got '100', expected 32, 64, 128 or channel"),
         (["wna16", "--device", "tpu"], "got 'tpu', expected cpu or cuda"),
         (["wna16", "--seconds", "-1"], "got '-1', expected seconds above 0"),
-        (["wna16", "--device", "cpu", "--backend", "marlin"], "got 'marlin', expected some of cuda, "),
+        (["wna16", "--device", "cpu", "--backend", "awq"], "got 'awq', expected some of cuda, "),
+        (["wna16", "--device", "cpu", "--peers", "cuda"], "got 'cuda', expected all, none or some of bits"),
+        (["wna16", "--shapes", "llama-3.1-8b.x"], "got 'llama-3.1-8b.x', expected one of smollm2-135m"),
+        (["wna16", "--bits", "4,5"], "got '4,5', expected some of 2, 3, 4, 8"),
+        (["wna16", "--dtype", "bf16,fp8"], "got 'fp8', expected one of bfloat16, bf16"),
+        (["wna16", "--limit", "0"], "got '0', expected seconds above 0"),
+        (["wna16", "--device", "cpu", "--act-order", "--group", "channel"], "leaves no order"),
+        (["attention", "--device", "cpu", "--dtype", "bf16,fp16"], "expected one dtype at a time"),
         (["wna16", "--device", "cpu", "--commit", "0123456"], "--commit: expected only with --record"),
         (["decode", "--device", "cpu", "--model", "x", "--layers", "2"], "--layers: a checkpoint has"),
         (["decode", "--device", "cpu", "--dtype", "float32"], "--dtype: the step is judged against float32"),

@@ -13,7 +13,7 @@ from torch import Tensor
 from qsun_bench import commands, contenders, measure, tables
 from qsun_bench.cases import Selection, suites
 from qsun_bench.cases.attention import AttentionCase
-from qsun_bench.cases.wna16 import Wna16Case, Wna16Operands
+from qsun_bench.cases.wna16 import DenseOracle, Wna16Case, Wna16Operands
 from qsun_bench.cli import main
 from qsun_bench.contenders import Contender
 from qsun_bench.gate import judge
@@ -113,6 +113,77 @@ def test_a_kernel_that_raises_is_a_finding(small_cache: None) -> None:
     (outcome,) = measure.measure([CASE], [contender_that(fail)], CPU, seconds=0.01)
     assert outcome.record is not None and not outcome.record.ok and outcome.record.error is None
     assert outcome.note == "RuntimeError: an illegal memory access was encountered"
+
+
+def test_a_failure_after_the_gate_is_a_finding_too(
+    small_cache: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Laying out the copies may run out of memory, and a capture may fail."""
+    prepared: list[int] = []
+
+    def prepare(operands: Wna16Operands) -> Prepared:
+        prepared.append(1)
+        if len(prepared) > 1:
+            raise MemoryError("no room for the second copy")
+        return contender_that(lambda out: out).prepare(operands)
+
+    (outcome,) = measure.measure(
+        [CASE], [Contender("marlin", "wna16_linear", lambda case, device: None, prepare)], CPU, seconds=0.01
+    )
+    assert outcome.record is not None and outcome.record.failed and outcome.record.us is None
+    assert outcome.record.note == "MemoryError: no room for the second copy"
+
+    def refuse(*arguments: object, **named: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(measure, "time_calls", refuse)
+    (outcome,) = measure.measure([CASE], [contender_that(lambda out: out)], CPU, seconds=0.01)
+    assert outcome.record is not None and outcome.record.failed and "capturing" in outcome.record.note
+
+
+def test_a_lost_device_ends_the_run_with_a_reason(small_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = iter(["", "machete broke the CUDA context before (misaligned address)"])
+    monkeypatch.setattr(measure, "_why_lost", lambda contender, device: next(reasons))
+    chosen = [contender_that(lambda out: out)] * 3
+    other = Wna16Case("m", 4, 128, 256, QuantSpec(4, 64, True), torch.bfloat16)
+    outcomes = list(measure.measure([CASE, other], chosen, CPU, seconds=0.01))
+    assert [outcome.record is not None for outcome in outcomes] == [True, True, False, False, False, False]
+    assert all("misaligned address" in outcome.note for outcome in outcomes[2:])
+
+
+def test_the_oracle_is_asked_once_a_case(small_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    exact = Wna16Operands.exact
+
+    def counted(self: Wna16Operands, x: Tensor) -> Tensor:
+        asked.append(x.shape[0])
+        return exact(self, x)
+
+    monkeypatch.setattr(Wna16Operands, "exact", counted)
+    other = Wna16Case("m", 8, 256, 512, QuantSpec(4, 64, True), torch.bfloat16)
+    outcomes = list(measure.measure([CASE, other], [contender_that(lambda out: out)] * 3, CPU, seconds=0.01))
+    assert len(outcomes) == 6 and sorted(asked) == [4, 8]
+
+
+def test_a_format_of_its_own_is_judged_by_its_own_values(small_cache: None) -> None:
+    """NF4 cannot hold the case's weights: what counts is whether it multiplies by what it holds."""
+
+    def prepare(operands: Wna16Operands, scale: float) -> Prepared:
+        weight = (operands.dense(torch.float64) * 0.9).to(operands.dtype)
+        oracle = DenseOracle(weight.double(), operands.dtype)
+        return Prepared(lambda x: (x @ weight.T) * scale, (weight,), oracle)
+
+    for scale, right in ((1.0, True), (1.05, False)):
+        peer = Contender(
+            "nf4",
+            "wna16_linear",
+            lambda case, device: None,
+            lambda o, s=scale: prepare(o, s),
+            "its own values",
+        )
+        (outcome,) = measure.measure([CASE], [peer], CPU, seconds=0.01)
+        assert outcome.record is not None and outcome.record.ok is right
+        assert (outcome.record.note == "its own values") is right
 
 
 def test_a_wrong_kernel_shows_no_speed(small_cache: None) -> None:

@@ -72,6 +72,25 @@ def test_a_table_by_case(tree: Path) -> None:
     assert "| 8x1024 | 20.0 (50%) |" in (tree / "docs" / "deep.md").read_text()
 
 
+def test_a_table_of_margins(tree: Path) -> None:
+    (tree / "README.md").write_text("<!-- bench:wna16-h100:margins -->\n<!-- /bench -->\n")
+    assert main(["report", "--root", str(tree)]) == 0
+    text = (tree / "README.md").read_text()
+    assert "| llama.qkv.w4g128 (4096 x 6144) | 5.10 dense |  | 5.10 |" in text
+    assert "best peer / ours: geometric mean 5.095 over 1 cells" in text
+    assert main(["report", "--check", "--root", str(tree)]) == 0
+
+
+def test_plots_of_every_recorded_run(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "plots"
+    assert main(["report", "--root", str(tree), "--plots", str(folder)]) == 0
+    drawn = sorted(path.name for path in folder.iterdir())
+    assert drawn == ["attention-h100.svg", "wna16-h100-roofline.svg", "wna16-h100.svg"]
+    assert all("<svg" in path.read_text()[:1000] for path in folder.iterdir())
+    assert f"drew {folder / 'wna16-h100-roofline.svg'}" in capsys.readouterr().out
+
+
 def test_a_changed_run_is_noticed(tree: Path) -> None:
     main(["report", "--root", str(tree)])
     results.write(Run(HEADER, (matrix(1, "cuda", 3.9),)), tree / "bench/results/h100/wna16.json")
@@ -87,6 +106,7 @@ def test_a_changed_run_is_noticed(tree: Path) -> None:
             r"needs bench/results/h100/decode\.json, which is not",
         ),
         ("<!-- bench:wna16 -->\n<!-- /bench -->\n", "block bench:wna16 needs"),
+        ("<!-- bench:wna16-h100:best -->\n<!-- /bench -->\n", "asks for 'best', expected nothing or margins"),
         ("<!-- bench:wna16-h100 -->\nno end\n", "1 marks make 0 blocks, expected an end for every start"),
         (
             "<!-- bench:wna16-h100 -->\n<!-- bench:wna16-h100 -->\n<!-- /bench -->\n",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,20 @@ def record(
 def test_a_run_survives_its_file() -> None:
     run = Run(HEADER, (record(), record(backend="dense", us=None, ok=False)))
     assert results.parse(run.to_json(), "file") == run
+
+
+def test_a_note_is_written_only_where_there_is_one() -> None:
+    noted = replace(record(backend="gemlite"), note="not tuned here")
+    run = Run(HEADER, (record(), noted))
+    assert results.parse(run.to_json(), "file") == run
+    assert [("note" in row) for row in json.loads(run.to_json())["records"]] == [False, True]
+    # A note says how, not what: it does not make another problem of it.
+    assert noted.key == record(backend="gemlite").key
+
+
+def test_failed_is_told_from_wrong() -> None:
+    wrong = record(us=None, ok=False)
+    assert not wrong.failed and replace(wrong, error=None).failed and not record().failed
 
 
 def test_the_file_has_exactly_the_documented_keys() -> None:
@@ -65,6 +80,8 @@ def broken(change: str) -> str:
             data["records"][0]["us"] = -1.0
         case "time is true":
             data["records"][0]["us"] = True
+        case "note is a number":
+            data["records"][0]["note"] = 1
         case "record is a list":
             data["records"][0] = []
     return json.dumps(data)
@@ -84,6 +101,7 @@ def broken(change: str) -> str:
         ("right without a time", r"records\[0\]\.us is None, expected a positive time"),
         ("negative time", r"records\[0\]\.us is -1\.0, expected a positive time"),
         ("time is true", r"records\[0\]\.us is True, expected float or int or null"),
+        ("note is a number", r"records\[0\]\.note is 1, expected str"),
         ("record is a list", r"records\[0\] is list, expected an object"),
     ],
 )
