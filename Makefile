@@ -68,15 +68,16 @@ bench: $(STAMP)
 	$(BIN)/qsun-bench attention
 	$(BIN)/qsun-bench decode
 
-# What needs the GPU, and the operators on it; in parallel where pytest-xdist is, one host thread each, since such a
-# test is mostly launches and compilation on the host.
+# What needs the GPU, and beside it the operators on it: half of the workers each, one host thread a worker, since
+# such a test is mostly launches and compilation on the host. 
 GPU_PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q \
-  $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 6 --dist loadgroup")
+  $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 7 --dist loadgroup")
 gpu-check:
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --no-index -e .
 	$(PYTHON) -m qsun_kernels
-	$(GPU_PYTEST) -m "gpu and not slow" tests/qsun_kernels tests/qsun
-	$(GPU_PYTEST) -m "not gpu and not slow" tests/qsun_kernels/ops tests/qsun_kernels/triton
+	@$(GPU_PYTEST) -m "not gpu and not slow" tests/qsun_kernels/ops tests/qsun_kernels/triton & beside=$$!; \
+	  $(GPU_PYTEST) -m "gpu and not slow" tests/qsun_kernels tests/qsun; first=$$?; \
+	  wait $$beside && exit $$first
 	$(PYTHON) -m pytest -q -m gpu tests/bench
 	$(PYTHON) -m qsun_bench wna16 --smoke
 	$(PYTHON) -m qsun_bench attention --smoke
