@@ -20,7 +20,7 @@ __all__ = ["REGISTER_BOUNDS", "KernelReport", "breaches", "parse", "register_bou
 
 REGISTER_BOUNDS = {
     "wna16_rows_kernel": 152,
-    "wna16_stream_kernel": 240,
+    "wna16_stream_kernel": 255,
     "wna16_gemm_sm90_kernel": 168,
     "dequantize_kernel": 40,
     "paged_attention_split_kernel": 255,
