@@ -1,8 +1,8 @@
 """Ours against the best peer and against the floor, cell by cell.
 
 A cell is one case. Ours is the first that the run has for it in the order in which backends are chosen by
-themselves, not the luckiest. The best peer is the fastest one whose result was right. The floor is the time that reading the cell's bytes alone
-would take at the read bandwidth of the same run.
+themselves, not the luckiest. The best peer is the fastest one whose result was right. The floor is the time
+that reading the cell's bytes alone would take at the read bandwidth of the same run.
 """
 
 from __future__ import annotations
