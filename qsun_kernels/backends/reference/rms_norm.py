@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from qsun_kernels.backends.problems import Implementation, RmsNormProblem
