@@ -110,8 +110,8 @@ namespace {
 
 Status check(const Wna16PanelsParams& p) {
   Checks checks;
-  checks.one_of("dtype", static_cast<int>(p.dtype),
-                {static_cast<int>(DType::kFloat16), static_cast<int>(DType::kBFloat16)});
+  checks.require(p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16, "dtype",
+                 std::to_string(static_cast<int>(p.dtype)), "1 (float16), 2 (bfloat16)");
   checks.one_of("bits", p.bits, {2, 3, 4, 8}).one_of("groups_per_block", p.groups_per_block, {1, 2, 4});
   checks.at_least("M", p.M, 0)
       .at_least("N", p.N, 1)
@@ -185,7 +185,6 @@ Status run(const Wna16PanelsParams& p, const GemmConfig& config) {
 }
 
 Status with_props(const Wna16PanelsParams& p, DeviceProps* props) {
-  if (Status status = check(p); !status.ok()) return status;
   if (Status status = device_props(p.device, props); !status.ok()) {
     return {status.code(), "wna16_panels", to_string(p), status.error()};
   }
@@ -195,17 +194,18 @@ Status with_props(const Wna16PanelsParams& p, DeviceProps* props) {
 }  // namespace
 
 Status wna16_panels(const Wna16PanelsParams& p) {
+  if (Status status = check(p); !status.ok() || p.M == 0) return status;
   DeviceProps props;
   if (Status status = with_props(p, &props); !status.ok()) return status;
-  if (p.M == 0) return {};
   return uses_gemm(p, props) ? run(p, choose_gemm(p, props)) : run(p, choose_stream(p, props));
 }
 
 Status wna16_panels(const Wna16PanelsParams& p, const StreamConfig& config) {
+  if (Status status = check(p); !status.ok() || p.M == 0) return status;
   DeviceProps props;
   if (Status status = with_props(p, &props); !status.ok()) return status;
   if (Status status = check(p, config, props); !status.ok()) return status;
-  return p.M == 0 ? Status() : run(p, config);
+  return run(p, config);
 }
 
 }  // namespace qsun

@@ -205,9 +205,6 @@ def _prepare_gate_up(packed: PackedWeight, dtype: torch.dtype) -> PreparedWeight
 
 def _prepare_panels(packed: PackedWeight, dtype: torch.dtype, operator: LinearOperator) -> PreparedWeight:
     panels = pack_panels(packed, dtype, gate_up=operator == "wna16_gate_up_silu")
-    if packed.device.type == "cuda":
-        # Kernels read weights ahead of the stream's order, so what writes them has to have ended.
-        torch.cuda.current_stream(packed.device).synchronize()
     return PreparedWeight(
         packed.spec, packed.N, packed.K, dtype, "cuda", panels.layout, panels.tensors, operator
     )
@@ -224,7 +221,7 @@ def _wna16_linear(
     """x (M, K) -> (M, N), into `out` when that is given."""
     if out is None:
         out = torch.empty((x.shape[0], weight.N), dtype=x.dtype, device=x.device)
-    if weight.layout == ROWS_LAYOUT:
+    if weight.stored_layout == ROWS_LAYOUT:
         # The tile that a row of x is in does not change the order in which its products are added.
         _launch_rows(x, weight, bias, residual, out)
     else:
@@ -255,7 +252,7 @@ def _launch_panels(
     if perm is not None and x.shape[0] > _GATHERED_BEFORE and not batch_invariant and config is None:
         # The copy engine, which feeds the kernel for many tokens, cannot gather.
         x, perm = _gathered(x, perm), None
-    group = 32 if weight.layout.endswith("32") else spec.group_size
+    group = 32 if weight.stored_layout.endswith("32") else spec.group_size
     device = x.get_device()
     _C.wna16_panels(
         config,
@@ -277,7 +274,7 @@ def _launch_panels(
         not spec.symmetric,
         weight.operator == "wna16_gate_up_silu",
         batch_invariant,
-        True,
+        weight.is_prefetched,
         _DTYPE_CODES[x.dtype],
         device,
         _stream(device),

@@ -8,7 +8,7 @@ are hashable, so that a choice is made once and remembered.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -219,6 +219,9 @@ class LinearImplementation(Implementation):
     prepare: Callable[[PackedWeight, torch.dtype], PreparedWeight]
 
 
+_ORDERED = ".ordered"
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PreparedWeight:
     """A quantised weight (N, K) laid out for the backend and the operator that will multiply by it.
@@ -233,6 +236,7 @@ class PreparedWeight:
       interleaved by eight.
     - ``"triton.tiles"``: what qsun_kernels/backends/triton/wna16_layout.py says.
     - ``"torch.int4pack"``, ``"torch.dense"``: what qsun_kernels/backends/reference/wna16_linear.py says.
+    - any of them with ``".ordered"`` behind it: the same, see `in_stream_order`.
     """
 
     spec: QuantSpec
@@ -248,6 +252,25 @@ class PreparedWeight:
     def device(self) -> torch.device:
         """Where the tensors are."""
         return self.tensors[0].device
+
+    @property
+    def stored_layout(self) -> str:
+        """The layout without what says when it may be read."""
+        return self.layout.removesuffix(_ORDERED)
+
+    @property
+    def is_prefetched(self) -> bool:
+        """Whether a kernel may read the weight before those in front of it in the stream have ended."""
+        return not self.layout.endswith(_ORDERED)
+
+    def in_stream_order(self) -> PreparedWeight:
+        """The same weight, the same tensors, read no earlier than the order of the stream says.
+
+        Nothing writes a weight once it is prepared, so on GPUs that can a launch begins to read it while the
+        kernels in front still run. Use this where one of them does write it, such as a copy of new values
+        into `tensors` on the same stream; it costs the time that the early start saves.
+        """
+        return replace(self, layout=self.stored_layout + _ORDERED)
 
     @property
     def nbytes(self) -> int:

@@ -59,7 +59,11 @@ def prepare(
         packed.device,
     )
     implementation = cast(LinearImplementation, select(problem, requested_backend(backend)).implementation)
-    return implementation.prepare(packed, dtype)
+    weight = implementation.prepare(packed, dtype)
+    if weight.device.type == "cuda":
+        # Kernels may read a weight ahead of the stream's order, so what wrote it has to have ended.
+        torch.cuda.current_stream(weight.device).synchronize()
+    return weight
 
 
 def check_prepared(weight: PreparedWeight, operator: LinearOperator, backend: str | None) -> None:

@@ -158,7 +158,7 @@ def _multiply_rows(
 
 
 def _multiply(x: Tensor, prepared: PreparedWeight, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    if prepared.layout == INT4PACK:
+    if prepared.stored_layout == INT4PACK:
         return _add(_multiply_int4(x, prepared), bias, residual)
     (weight,) = prepared.tensors
     if bias is not None:

@@ -57,7 +57,7 @@ def wna16_linear(
     if residual is not None:
         residual = rows_of(residual)
     tokens = INVARIANT_TOKENS if batch_invariant else M
-    if weight.layout == wna16_layout.LAYOUT:
+    if weight.stored_layout == wna16_layout.LAYOUT:
         assert not isinstance(config, RowsConfig)
         wna16_tiles.multiply(x, weight, bias, residual, out, tokens, config)
     else:

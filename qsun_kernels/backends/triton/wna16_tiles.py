@@ -397,7 +397,7 @@ def multiply(
         x = x.index_select(1, optional.pop())
     if config is None:
         config = choose_tiles(tokens, N, K, spec.bits)
-    early = can_launch_early(x.device)
+    early = weight.is_prefetched and can_launch_early(x.device)
     warpgroups = config.slices == 1 and multiplies_by_warpgroups(x.device)
     steps = -(-K // (config.slices * config.step_k))
     split = config.splits > 1

@@ -197,6 +197,11 @@ CALLS = {
         "x qweight scales out", qzeros=0, g_idx=0, bias=0, residual=0, M=2, N=32, K=64, x_stride=64,
         residual_stride=0, out_stride=32, bits=4, group_size=32,
     ),
+    "wna16_panels": call(
+        "x panels out", config=None, perm=0, bias=0, residual=0, M=2, N=32, K=64, column_blocks=1,
+        x_stride=64, residual_stride=0, out_stride=32, bits=4, groups_per_block=1, has_zeros=False,
+        gate_up=False, batch_invariant=False, prefetch_weights=True,
+    ),
     "dequantize": call(
         "qweight scales out", qzeros=0, g_idx=0, N=32, K=64, bits=4, group_size=32, scale_dtype=1
     ),
@@ -208,7 +213,24 @@ CALLS = {
 }  # fmt: skip
 ENDING = {"dtype": 1, "device": 0, "stream": 0}
 REFUSED = [
-    *((op, {"dtype": 9}, "dtype is 9; expected 0 (float32), 1 (float16), 2 (bfloat16)") for op in CALLS),
+    *(
+        (op, {"dtype": 9}, "dtype is 9; expected 0 (float32), 1 (float16), 2 (bfloat16)")
+        for op in CALLS
+        if op != "wna16_panels"
+    ),
+    ("wna16_panels", {"dtype": 0}, "dtype is 0; expected 1 (float16), 2 (bfloat16)"),
+    ("wna16_panels", {"bits": 5}, "bits is 5; expected one of 2 3 4 8"),
+    ("wna16_panels", {"groups_per_block": 3}, "groups_per_block is 3; expected one of 1 2 4"),
+    ("wna16_panels", {"M": -1}, "M is -1; expected at least 0"),
+    ("wna16_panels", {"N": 0}, "N is 0; expected at least 1"),
+    ("wna16_panels", {"K": 200}, "column_blocks * 128 is 128; expected at least 200"),
+    ("wna16_panels", {"N": 33, "gate_up": True}, "N is 33; expected a multiple of 2"),
+    ("wna16_panels", {"bias": ADDRESS, "gate_up": True}, "bias is given; expected null with gate_up"),
+    ("wna16_panels", {"residual": ADDRESS, "gate_up": True}, "residual is given; expected null with gate_up"),
+    ("wna16_panels", {"x": 0}, "x is null"),
+    ("wna16_panels", {"panels": 0}, "panels is null"),
+    ("wna16_panels", {"panels": 4104}, "panels is misaligned; expected an address divisible by 16"),
+    ("wna16_panels", {"out": 0}, "out is null"),
     ("rms_norm", {"x": 0}, "x is null; expected a device pointer"),
     ("rms_norm", {"weight": 0}, "weight is null"),
     ("rms_norm", {"out": 0}, "out is null"),
@@ -299,6 +321,7 @@ def test_too_little_scratch(emulated_extension, scratch) -> None:
         ("apply_rope", {"num_tokens": 0, "q": 0, "k": 0, "positions": 0, "q_out": 0, "k_out": 0}),
         ("write_kv_cache", {"num_tokens": 0, "k": 0, "v": 0, "slot_mapping": 0}),
         ("wna16_linear", {"M": 0, "x": 0, "out": 0}),
+        ("wna16_panels", {"M": 0, "x": 0, "panels": 0, "out": 0}),
         ("dequantize", {"N": 0, "qweight": 0, "scales": 0, "out": 0}),
         ("paged_attention_decode", {"batch": 0, "q": 0, "out": 0, "lse": 0, "seq_lens": 0, "block_table": 0}),
     ],

@@ -209,3 +209,63 @@ def test_a_configuration_that_is_not_compiled_is_refused(kernels) -> None:
     ):
         with pytest.raises(KernelLaunchError, match=message):
             stream(kernels, x, weight, **wrong)
+
+
+def test_prefetching_is_passed_on(kernels, monkeypatch) -> None:
+    packed = inputs.packed_weight(
+        inputs.generator(0),
+        32,
+        128,
+        QuantSpec(4, 128, True),
+        scale_dtype=torch.float16,
+        device=kernels.device,
+    )
+    weight = prepared(kernels, packed, torch.float16)
+    x = torch.ones(1, 128, dtype=torch.float16, device=kernels.device)
+    passed = []
+    launch = cuda._C.wna16_panels
+
+    class Recording:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(library, name)
+
+        def wna16_panels(self, *arguments: Any) -> None:
+            passed.append(arguments[19])
+            launch(*arguments)
+
+    library = cuda._C
+    monkeypatch.setattr(cuda, "_C", Recording())
+    results = [
+        kernels.run("wna16_linear", x, w, None, None, None) for w in (weight, weight.in_stream_order())
+    ]
+    assert passed == [True, False] and torch.equal(*results)
+
+
+@pytest.mark.gpu
+def test_a_weight_written_by_the_kernel_in_front(device) -> None:
+    """A copy into the weight, then the product, many times in one graph: the new values count."""
+    dtype, N, K = torch.bfloat16, 4096, 4096
+    source = inputs.generator(1)
+    spec = QuantSpec(4, 128, True)
+    weights = [
+        cuda.IMPLEMENTATIONS["wna16_linear"].prepare(
+            inputs.packed_weight(source, N, K, spec, scale_dtype=dtype, device=device), dtype
+        )
+        for _ in range(2)
+    ]
+    target = weights[0].in_stream_order()
+    originals = [w.tensors[0].clone() for w in weights]
+    x = inputs.normal(source, (1, K), dtype, device)
+    run = cuda.IMPLEMENTATIONS["wna16_linear"].run
+    expected = [run(x, w, None, None, None) for w in weights]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    results = []
+    with torch.cuda.graph(graph):
+        for i in range(20):
+            target.tensors[0].copy_(originals[i % 2])
+            results.append(run(x, target, None, None, None))
+    for _ in range(5):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(result, expected[i % 2]) for i, result in enumerate(results))

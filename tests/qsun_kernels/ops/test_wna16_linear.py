@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from qsun_kernels import PackedWeight, QuantSpec, dequantize, prepare_weight, use_backend, wna16_linear
+from qsun_kernels.backends.dispatch import passed_over
+from qsun_kernels.backends.problems import BackendName, Wna16Problem
 from qsun_kernels.testing import inputs, judge
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -206,3 +208,24 @@ def test_a_weight_stays_with_its_backend() -> None:
 def test_prepared_weight_counts_its_bytes() -> None:
     packed = weight_of(QuantSpec(4, 64, True), 64, 128, torch.bfloat16)
     assert prepare_weight(packed, dtype=torch.float32, backend="torch").nbytes == 64 * 128 * 4
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "cuda"])
+def test_a_weight_that_is_written_in_the_stream(backend: BackendName, device: torch.device) -> None:
+    """Same values, same tensors; the operator, traced or not, and new values in place of the old ones."""
+    source = inputs.generator(5)
+    spec = QuantSpec(4, 64, True)
+    packed, other = (inputs.packed_weight(source, 96, 128, spec, device=device) for _ in range(2))
+    x = inputs.normal(source, (3, 128), torch.float16, device)
+    if reason := passed_over(backend, Wna16Problem(96, 128, 4, 64, True, False, x.dtype, x.device)):
+        pytest.skip(reason)
+    weight, expected = (prepare_weight(p, dtype=x.dtype, backend=backend) for p in (packed, other))
+    ordered = weight.in_stream_order()
+    assert weight.is_prefetched and not ordered.is_prefetched and not ordered.in_stream_order().is_prefetched
+    assert ordered.in_stream_order().layout == ordered.layout != weight.layout == ordered.stored_layout
+    assert torch.equal(wna16_linear(x, ordered), wna16_linear(x, weight))
+    compiled = torch.compile(lambda x: wna16_linear(x, ordered), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), wna16_linear(x, weight))
+    for tensor, new in zip(ordered.tensors, expected.tensors, strict=True):
+        tensor.copy_(new)
+    assert torch.equal(wna16_linear(x, ordered), wna16_linear(x, expected))
