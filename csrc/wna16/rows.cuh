@@ -1,4 +1,5 @@
-// x (M, K) times a low-bit weight (N, K) read in the canonical layout.
+// x (M, K) times a low-bit weight (N, K) read in the canonical layout, in float32: what the tensor cores, and
+// so the kernels on panels, do not multiply.
 //
 //            K codes of a weight row, in chunks of 32 (= kBits words)
 //            |c0 |c1 |c2 | ... |c31|c32|c33| ...
@@ -245,19 +246,16 @@ cudaError_t launch_tile(const Wna16LinearParams& p, const Wna16LinearConfig& con
 
 template <int kBits>
 cudaError_t launch_rows(const Wna16LinearParams& p, const Wna16LinearConfig& config) {
-  return with_type(p.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    switch (config.tile_m) {
-      case 1:
-        return launch_tile<T, kBits, 1>(p, config);
-      case 2:
-        return launch_tile<T, kBits, 2>(p, config);
-      case 4:
-        return launch_tile<T, kBits, 4>(p, config);
-      default:
-        return launch_tile<T, kBits, 8>(p, config);
-    }
-  });
+  switch (config.tile_m) {
+    case 1:
+      return launch_tile<float, kBits, 1>(p, config);
+    case 2:
+      return launch_tile<float, kBits, 2>(p, config);
+    case 4:
+      return launch_tile<float, kBits, 4>(p, config);
+    default:
+      return launch_tile<float, kBits, 8>(p, config);
+  }
 }
 
 }  // namespace

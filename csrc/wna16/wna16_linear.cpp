@@ -59,6 +59,8 @@ Status check(const Wna16LinearParams& p) {
         .not_null("out", p.out);
     checks.aligned("qweight", p.qweight, 4).aligned("g_idx", p.g_idx, 4);
   }
+  checks.require(p.dtype == DType::kFloat32, "dtype", to_string(p.dtype),
+                 "float32; 16-bit activations take panels (wna16_panels.h)");
   return checks.status("wna16_linear", p);
 }
 

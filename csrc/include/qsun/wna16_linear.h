@@ -28,9 +28,9 @@ struct Wna16LinearParams {
   int64_t x_stride = 0;
   int64_t residual_stride = 0;
   int64_t out_stride = 0;
-  int bits = 4;        // 2, 3, 4 or 8
-  int group_size = 0;  // 32, 64, 128, or -1: one group a row
-  DType dtype = DType::kFloat32;
+  int bits = 4;                   // 2, 3, 4 or 8
+  int group_size = 0;             // 32, 64, 128, or -1: one group a row
+  DType dtype = DType::kFloat32;  // no other: 16-bit activations take panels (wna16_panels.h)
   int device = 0;
   Stream stream = nullptr;
 };

@@ -83,7 +83,7 @@ def test_errors_without_a_gpu_are_clean(extension) -> None:
 from qsun_kernels import _C
 from qsun_kernels.errors import KernelLaunchError
 for ask in (lambda: _C.device_info(0), lambda: _C.rms_norm(16, 0, 16, 16, 0, 2, 64, 64, 0, 1e-5, 1, 0, 0),
-            lambda: _C.wna16_linear(16, 16, 16, 0, 0, 0, 0, 16, 1, 32, 32, 32, 0, 32, 4, 32, 1, 0, 0)):
+            lambda: _C.wna16_linear(16, 16, 16, 0, 0, 0, 0, 16, 1, 32, 32, 32, 0, 32, 4, 32, 0, 0, 0)):
     try:
         ask()
     except (RuntimeError, KernelLaunchError) as error:
@@ -260,6 +260,7 @@ REFUSED = [
     ("wna16_linear", {"qweight": 4098}, "qweight is misaligned; expected an address divisible by 4"),
     ("wna16_linear", {"scales": 0}, "scales is null"),
     ("wna16_linear", {"out": 0}, "out is null"),
+    ("wna16_linear", {"dtype": 1}, "dtype is float16; expected float32; 16-bit activations take panels"),
     ("dequantize", {"bits": 0}, "bits is 0; expected one of 2 3 4 8"),
     ("dequantize", {"group_size": 0}, "group_size is 0; expected one of"),
     ("dequantize", {"scale_dtype": -1}, "dtype is -1; expected"),
@@ -320,7 +321,7 @@ def test_too_little_scratch(emulated_extension, scratch) -> None:
         ("silu_and_mul", {"num_rows": 0, "x": 0, "out": 0}),
         ("apply_rope", {"num_tokens": 0, "q": 0, "k": 0, "positions": 0, "q_out": 0, "k_out": 0}),
         ("write_kv_cache", {"num_tokens": 0, "k": 0, "v": 0, "slot_mapping": 0}),
-        ("wna16_linear", {"M": 0, "x": 0, "out": 0}),
+        ("wna16_linear", {"M": 0, "x": 0, "out": 0, "dtype": 0}),
         ("wna16_panels", {"M": 0, "x": 0, "panels": 0, "out": 0}),
         ("dequantize", {"N": 0, "qweight": 0, "scales": 0, "out": 0}),
         ("paged_attention_decode", {"batch": 0, "q": 0, "out": 0, "lse": 0, "seq_lens": 0, "block_table": 0}),
