@@ -249,6 +249,20 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--root", type=Path, help="root of the sources (default: this checkout)")
     report.add_argument("--plots", type=Path, metavar="DIR", help="draw every recorded run there, too")
 
+    tune = subparsers.add_parser("tune", help="find the fastest configurations of a kernel on this GPU")
+    tuned = tune.add_subparsers(dest="operator", required=True, metavar="OPERATOR")
+    matmul = tuned.add_parser("wna16", help="the tiles of the Triton matmul, at seven matrices and nine M")
+    matmul.set_defaults(run=commands.tune_wna16)
+    matmul.add_argument(
+        "--budget", type=_limit, default=400.0, metavar="SECONDS", help="try nothing further after that (400)"
+    )
+    matmul.add_argument("--quick", action="store_true", help="the smallest matrix alone")
+    where = matmul.add_mutually_exclusive_group()
+    where.add_argument(
+        "--out", type=Path, default=Path(), metavar="DIR", help="write wna16_tuned.py there (here)"
+    )
+    where.add_argument("--write", action="store_true", help="write over the table in use")
+
     explain = subparsers.add_parser("explain", help="which kernel would run a problem, and what it must read")
     operators = explain.add_subparsers(dest="operator", required=True, metavar="OPERATOR")
     wna16 = operators.add_parser("wna16", help="x (M, K) times a low-bit weight (N, K)")

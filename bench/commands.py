@@ -313,6 +313,37 @@ def write_report(arguments: argparse.Namespace) -> int:
     return EXIT_WRONG if arguments.check and changed else EXIT_OK
 
 
+def tune_wna16(arguments: argparse.Namespace) -> int:
+    """Tune the Triton matmul on this GPU and write its table."""
+    from qsun_bench import tune
+
+    path = tune.SOURCE if arguments.write else arguments.out / tune.FILE_NAME
+    if not arguments.write and path.resolve() == tune.SOURCE.resolve():
+        raise UsageError(f"--out: {path} is the table in use, expected another folder, or --write")
+    reason = tune.why_not()
+    if reason is not None:
+        raise BackendUnavailable("wna16_linear", "triton", reason)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda", torch.cuda.current_device())
+    searches = []
+    for search in tune.tune(device, arguments.budget, quick=arguments.quick, keep=path.write_text):
+        searches.append(search)
+        print(f"{search.matrix}: {len(search.rows)} rows", file=sys.stderr)
+        for refusal in sorted(search.refusals, key=lambda refusal: not refusal.wrong)[:8]:
+            print(refusal, file=sys.stderr)
+        if len(search.refusals) > 8:
+            print(f"and {len(search.refusals) - 8} more, WRONG first", file=sys.stderr)
+        for tokens in search.unsolved:
+            print(f"WRONG: {search.matrix} M={tokens}: no configuration is right", file=sys.stderr)
+    if not any(search.rows for search in searches):
+        print("nothing was measured, nothing is written", file=sys.stderr)
+        return EXIT_WRONG
+    tune.show(searches)
+    print(f"written to {path}")
+    wrong = any(search.unsolved or any(r.wrong for r in search.refusals) for search in searches)
+    return EXIT_WRONG if wrong else EXIT_OK
+
+
 def explain_wna16(arguments: argparse.Namespace) -> int:
     """Which kernel each backend would use for one matrix product, and what it must read."""
     from qsun_bench.cases.wna16 import Wna16Case

@@ -224,6 +224,68 @@ def test_a_wrong_configuration_makes_the_exit_code_one(
     assert "nothing is written" in capsys.readouterr().err
 
 
+@pytest.mark.triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's")
+def test_a_device_checks_against_float32_and_for_repeatability(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from qsun_bench import tune_device
+
+    monkeypatch.setattr(tune_device, "copies_to_overflow", lambda size, device: 2)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *arguments: None)
+    trials = tune_device.DeviceTrials(4, 64, 512, 3, torch.device("cpu"))
+    config = TilesConfig(8, 16, 128, 2, 2, 2, 1, ahead=False, prefetch=0)
+    assert trials.check(1, config) is None and trials.check(3, config) is None
+    first, last = trials._copies
+    last.tensors[0][0, 0] ^= 0x1111
+    assert trials.check(3, config) == "does not repeat"
+    first.tensors[0][0, 0] ^= 0x1111
+    assert str(trials.check(3, config)).startswith("error ")
+    first.tensors[1].fill_(0x7FC07FC0)
+    assert str(trials.check(3, config)).startswith("error nan")
+
+
+@pytest.mark.gpu
+@pytest.mark.triton
+def test_one_configuration_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
+    from qsun_bench import tune_device
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    config = TilesConfig(16, 64, 128, 1, 2, 4, 3, ahead=False, prefetch=0)
+    tune_device.compile_ahead([(4, 16, 4096, 4096, config)], device, seconds=120)
+    assert "1 of 1 kernels compiled ahead" in capsys.readouterr().err
+    trials = tune_device.DeviceTrials(4, 4096, 4096, 16, device)
+    assert trials.check(16, config) is None and trials.stress(16, config) is None
+    glance, us = trials.glance(16, config), trials.time(16, config)
+    assert 0.5 < glance / us < 2.0
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_what_is_compiled_ahead_has_the_shapes_of_a_prepared_weight(bits: int) -> None:
+    pytest.importorskip("triton")
+    from qsun_bench import tune_device
+    from qsun_bench.random_weights import random_packed_weight
+
+    cpu = torch.device("cpu")
+    hollow = tune_device._hollow_weight(bits, 40, 384, cpu)
+    spec, source = tune_device._spec(bits), torch.Generator().manual_seed(0)
+    packed = random_packed_weight(40, 384, spec, torch.bfloat16, source)
+    prepared = tune_device.implementation.prepare(packed, torch.bfloat16)
+    assert [(t.shape, t.dtype) for t in hollow.tensors] == [(t.shape, t.dtype) for t in prepared.tensors]
+    assert (hollow.layout, hollow.spec, hollow.dtype) == (prepared.layout, prepared.spec, prepared.dtype)
+
+
+def test_one_kernel_is_compiled_once() -> None:
+    pytest.importorskip("triton")
+    from qsun_bench import tune_device
+
+    config = TilesConfig(16, 64, 256, 1, 2, 4, 3, ahead=True, prefetch=0)
+    key = tune_device._kernel_key(4, 16, 4096, 4096, config)
+    assert key == tune_device._kernel_key(4, 8, 6144, 8192, replace(config, splits=8))
+    assert key != tune_device._kernel_key(4, 16, 4096, 4096, replace(config, splits=1))
+    assert key != tune_device._kernel_key(4, 16, 4096, 4096 + 128, config)
+
+
 def test_options() -> None:
     arguments = build_parser().parse_args(["tune", "wna16", "--budget", "90", "--quick", "--out", "there"])
     assert (arguments.budget, arguments.quick, arguments.out) == (90.0, True, Path("there"))
