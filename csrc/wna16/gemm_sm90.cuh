@@ -25,6 +25,7 @@
 #include <iterator>
 #include <type_traits>
 
+#include "device/activation.cuh"
 #include "device/async_copy.cuh"
 #include "device/bulk_copy.cuh"
 #include "device/cluster.cuh"
@@ -336,8 +337,6 @@ __device__ __forceinline__ void multiply(const GemmArguments& a, int num_column_
 #pragma unroll
   for (int i = 0; i < kTokens / 2; ++i) pin(sums[i]);
 }
-
-__device__ __forceinline__ float silu(float value) { return __fdividef(value, 1.0f + __expf(-value)); }
 
 // The sums as [token][weight row], of warp groups one after another.
 template <int kTokens>

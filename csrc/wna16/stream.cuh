@@ -24,6 +24,7 @@
 
 #include <type_traits>
 
+#include "device/activation.cuh"
 #include "device/async_copy.cuh"
 #include "device/cluster.cuh"
 #include "device/dependent_launch.cuh"
@@ -267,16 +268,14 @@ __device__ __forceinline__ void wait_for_stage(int stages) {
   }
 }
 
-__device__ __forceinline__ float silu(float value) { return __fdividef(value, 1.0f + __expf(-value)); }
-
 // Blocks of a multiprocessor that registers must allow: this kernel's and, beside it, the next one's, whose
 // weights are already on their way.
-template <int kTokenTiles, int kRowTiles>
+template <int kTokenTiles>
 constexpr int kStreamBlocks = kTokenTiles > 2 ? 1 : 2;
 
 template <typename T, int kBits, int kTokenTiles, int kRowTiles>
 __global__ void __launch_bounds__(max_stream_warps(kTokenTiles, kRowTiles) * kWarpLanes,
-                                  kStreamBlocks<kTokenTiles, kRowTiles>)
+                                  kStreamBlocks<kTokenTiles>)
     wna16_stream_kernel(const __grid_constant__ StreamArguments a) {
   constexpr bool kExact = kTokenTiles <= kExactTokenTiles;
   launch_dependents();
