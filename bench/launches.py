@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from qsun_bench.cases.wna16 import Wna16Case
-from qsun_kernels.backends import cuda
+from qsun_kernels.backends.cuda import library, linear
 from qsun_kernels.backends.panels import BLOCK_COLUMNS
 
 # What is asked about where no GPU is: the properties of an H100 SXM.
@@ -20,19 +20,19 @@ _H100 = {
 
 def cuda_launch(case: Wna16Case, device: torch.device) -> str | None:
     """The configuration that the library's own chooser takes for a case; None where it is not built."""
-    library = getattr(cuda, "_C", None)
-    if library is None:
+    binding = getattr(library, "binding", None)
+    if binding is None:
         return None
     if device.type == "cuda":
-        where, props = str(device), library.device_info(device.index or 0)
+        where, props = str(device), binding.device_info(device.index or 0)
     else:
-        where, props = "an H100", library.DeviceProps(**_H100)
-    if case.dtype not in cuda.PANEL_DTYPES:
-        return f"{library.choose_wna16_linear(case.M, case.N, props)} on {where}"
+        where, props = "an H100", binding.DeviceProps(**_H100)
+    if case.dtype not in linear.PANEL_DTYPES:
+        return f"{binding.choose_wna16_linear(case.M, case.N, props)} on {where}"
     group = case.spec.group_size
     groups_per_block = 1 if group == "channel" else BLOCK_COLUMNS // group
     zeros = not case.spec.symmetric
-    launch = library.describe_wna16_panels(
+    launch = binding.describe_wna16_panels(
         case.M, case.N, case.K, case.spec.bits, groups_per_block, zeros, False, props
     )
     return f"{launch} on {where}"

@@ -30,6 +30,7 @@ import pytest
 import torch
 
 from qsun_kernels.backends import cuda
+from qsun_kernels.backends.cuda import library
 
 ROOT = Path(__file__).resolve().parents[3]
 EMULATOR = Path(__file__).resolve().parent / "emulator"
@@ -51,7 +52,7 @@ def extension() -> Any:
     """The built binding; skips where it is not."""
     if not cuda.build_info():
         pytest.skip(f"needs the CUDA library: {cuda.unavailable()}")
-    return cuda._C
+    return library.binding
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,9 @@ def emulated_kernels(
 ) -> Kernels:
     """The launchers on the emulated binding, with tensors on the CPU. Parameter: the device, 0 or 1."""
     device = getattr(request, "param", 0)
-    monkeypatch.setattr(cuda, "_C", OnDevice(emulated_extension, device), raising=False)
-    monkeypatch.setattr(cuda, "_stream", lambda index: 0)
-    monkeypatch.setattr(cuda, "_device_props", lambda index: emulated_extension.device_info(device))
+    monkeypatch.setattr(library, "binding", OnDevice(emulated_extension, device), raising=False)
+    monkeypatch.setattr(library, "stream", lambda index: 0)
+    monkeypatch.setattr(library, "device_props", lambda index: emulated_extension.device_info(device))
     return Kernels(torch.device("cpu"), False)
 
 
@@ -113,8 +114,8 @@ def emulated_extension() -> Iterator[ModuleType]:
     """csrc as a Python module that runs on the CPU."""
     sources = {path for pattern in ("*.cu", "*.cpp") for path in ROOT.glob(f"csrc/**/{pattern}")}
     sources -= {path for pattern in NOT_EMULATED for path in ROOT.glob(pattern)}
-    library = build_emulated("_C", sources)
-    spec = importlib.util.spec_from_file_location("_C", library)
+    built = build_emulated("_C", sources)
+    spec = importlib.util.spec_from_file_location("_C", built)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -165,14 +166,14 @@ def build_emulated(name: str, sources: set[Path]) -> Path:
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             objects = list(pool.map(compiled, sorted({*sources, *EMULATOR.glob("*.cpp")})))
         digest = hashlib.sha256(repr([path.name for path in objects]).encode()).hexdigest()[:16]
-        library = folder / digest / f"{name}.so"
-        if not library.exists():
-            library.parent.mkdir(exist_ok=True)
-            unfinished = library.with_suffix(".unfinished")
+        built = folder / digest / f"{name}.so"
+        if not built.exists():
+            built.parent.mkdir(exist_ok=True)
+            unfinished = built.with_suffix(".unfinished")
             command = ["g++", SANITIZERS, "-static-libubsan", "-shared", "-o", str(unfinished)]
             run_compiler([*command, *map(str, objects)])
-            unfinished.rename(library)
-    return library
+            unfinished.rename(built)
+    return built
 
 
 def digest_of(source: Path, flags: list[str]) -> str:

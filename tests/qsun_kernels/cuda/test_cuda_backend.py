@@ -1,4 +1,4 @@
-"""backends/cuda.py on any machine: why it cannot run, what it supports, what it would run."""
+"""backends/cuda/ on any machine: why it cannot run, what it supports, what it would run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qsun_kernels.backends import cuda
+from qsun_kernels.backends.cuda import library
 from qsun_kernels.backends.problems import (
     ApplyRopeProblem,
     DequantizeProblem,
@@ -55,8 +56,8 @@ def pretend(monkeypatch, *, capability=(9, 0), archs=("80", "90a"), devices=1) -
             return {"archs": archs}
 
     capabilities = capability if isinstance(capability, list) else [capability] * devices
-    monkeypatch.setattr(cuda, "_import_error", None)
-    monkeypatch.setattr(cuda, "_C", Binding, raising=False)
+    monkeypatch.setattr(library, "_import_error", None)
+    monkeypatch.setattr(library, "binding", Binding, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(
@@ -68,15 +69,15 @@ def pretend(monkeypatch, *, capability=(9, 0), archs=("80", "90a"), devices=1) -
 
 def test_unavailable_without_the_library(monkeypatch, tmp_path) -> None:
     record = tmp_path / "_build_info.json"
-    monkeypatch.setattr(cuda, "_BUILD_RECORD", record)
+    monkeypatch.setattr(library, "_BUILD_RECORD", record)
     missing = ModuleNotFoundError("No module named 'qsun_kernels._C'", name="qsun_kernels._C")
-    monkeypatch.setattr(cuda, "_import_error", missing)
+    monkeypatch.setattr(library, "_import_error", missing)
     assert "no build record" in cuda.unavailable()
     record.write_text(json.dumps({"build": False, "reason": "built with QSUN_CUDA=off"}))
     assert cuda.unavailable() == "the CUDA library is not built (built with QSUN_CUDA=off)"
     record.write_text(json.dumps({"build": True, "reason": "QSUN_CUDA=auto"}))
     assert "not for Python" in cuda.unavailable()
-    monkeypatch.setattr(cuda, "_import_error", ImportError("libqsun.so: cannot open shared object file"))
+    monkeypatch.setattr(library, "_import_error", ImportError("libqsun.so: cannot open shared object file"))
     assert cuda.unavailable() == (
         "the CUDA library does not load (libqsun.so: cannot open shared object file)"
     )

@@ -333,10 +333,10 @@ def test_an_empty_problem_launches_nothing(extension, operator, empty) -> None:
 
 
 def test_dtype_codes_are_those_of_the_launchers(extension) -> None:
-    from qsun_kernels.backends import cuda
+    from qsun_kernels.backends.cuda import library
 
-    for dtype, code in cuda._DTYPE_CODES.items():
+    for dtype, code in library.DTYPE_CODES.items():
         with pytest.raises(KernelLaunchError) as caught:
             extension.rms_norm(**{**CALLS["rms_norm"], **ENDING, "dtype": code, "hidden_size": 0})
         assert f"dtype={str(dtype).removeprefix('torch.')}" in caught.value.shapes
-    assert set(cuda._DTYPE_CODES) == {torch.float32, torch.float16, torch.bfloat16}
+    assert set(library.DTYPE_CODES) == {torch.float32, torch.float16, torch.bfloat16}

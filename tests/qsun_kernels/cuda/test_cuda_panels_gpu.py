@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qsun_kernels.backends import cuda
+from qsun_kernels.backends.cuda import library, linear
 from qsun_kernels.backends.problems import PreparedWeight
 from qsun_kernels.quant import QuantSpec
 from qsun_kernels.testing import inputs
@@ -37,7 +38,7 @@ def stream(kernels, x: Tensor, weight: PreparedWeight, bias=None, residual=None,
     settings = {"warps": 4, "stages": 2, "split_k": 1, "overlaps_producer": False, **config}
     with inputs.poisoned_outputs():
         out = torch.empty((x.shape[0], weight.N), dtype=x.dtype, device=x.device)
-    cuda._launch_panels(x, weight, bias, residual, out, False, cuda._C.StreamConfig(**settings))
+    linear.launch_panels(x, weight, bias, residual, out, False, library.binding.StreamConfig(**settings))
     return out
 
 
@@ -223,18 +224,17 @@ def test_prefetching_is_passed_on(kernels, monkeypatch) -> None:
     weight = prepared(kernels, packed, torch.float16)
     x = torch.ones(1, 128, dtype=torch.float16, device=kernels.device)
     passed = []
-    launch = cuda._C.wna16_panels
+    binding = library.binding
 
     class Recording:
         def __getattr__(self, name: str) -> Any:
-            return getattr(library, name)
+            return getattr(binding, name)
 
         def wna16_panels(self, *arguments: Any) -> None:
             passed.append(arguments[19])
-            launch(*arguments)
+            binding.wna16_panels(*arguments)
 
-    library = cuda._C
-    monkeypatch.setattr(cuda, "_C", Recording())
+    monkeypatch.setattr(library, "binding", Recording())
     results = [
         kernels.run("wna16_linear", x, w, None, None, None) for w in (weight, weight.in_stream_order())
     ]

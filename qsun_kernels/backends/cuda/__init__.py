@@ -1,0 +1,56 @@
+"""The CUDA backend: launchers on the binding of libqsun.
+
+    library    the binding, what it was built for, why it cannot run here; what launchers share
+    linear     wna16_linear, wna16_gate_up_silu, dequantize
+    attention  paged_attention_decode, write_kv_cache
+    fused      rms_norm, silu_and_mul, apply_rope
+
+Launchers take arguments that the operators have validated, allocate the outputs (and scratch, where a kernel
+needs some) with torch, and pass addresses, sizes and the current stream on. They never synchronise, so CUDA
+graphs capture them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from qsun_kernels.backends.cuda import attention, fused, linear
+from qsun_kernels.backends.cuda.library import always, build_info, covers, unavailable
+from qsun_kernels.backends.problems import Implementation, LinearImplementation
+
+__all__ = ["IMPLEMENTATIONS", "build_info", "covers", "unavailable"]
+
+IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
+    {
+        "wna16_linear": LinearImplementation(
+            linear.supports_linear, linear.wna16_linear, linear.describe_linear, linear.prepare
+        ),
+        "wna16_gate_up_silu": LinearImplementation(
+            linear.supports_gate_up,
+            linear.wna16_gate_up_silu,
+            linear.describe_gate_up,
+            linear.prepare_gate_up,
+        ),
+        "dequantize": Implementation(
+            linear.supports_linear, linear.dequantize, always("dequantize: a thread rebuilds 8 weights")
+        ),
+        "paged_attention_decode": Implementation(
+            attention.supports_attention, attention.paged_attention_decode, attention.describe_attention
+        ),
+        "write_kv_cache": Implementation(
+            attention.supports_write,
+            attention.write_kv_cache,
+            always("write_kv_cache: a thread copies 16 bytes of k and of v, or one element where unaligned"),
+        ),
+        "rms_norm": Implementation(fused.supports_rms_norm, fused.rms_norm, fused.describe_rms_norm),
+        "silu_and_mul": Implementation(
+            fused.supports_silu_and_mul,
+            fused.silu_and_mul,
+            always("silu_and_mul: a thread 16 bytes of the output, or one element where unaligned"),
+        ),
+        "apply_rope": Implementation(
+            fused.supports_rope, fused.apply_rope, always("apply_rope: queries and keys in one launch")
+        ),
+    }
+)

@@ -1,0 +1,201 @@
+"""wna16_linear, wna16_gate_up_silu and dequantize on the CUDA library."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from qsun_kernels.backends.cuda import library
+from qsun_kernels.backends.panels import BLOCK_COLUMNS, pack_panels
+from qsun_kernels.backends.problems import (
+    DequantizeProblem,
+    LinearOperator,
+    PreparedWeight,
+    Wna16GateUpSiluProblem,
+    Wna16Problem,
+)
+
+if TYPE_CHECKING:
+    from qsun_kernels.quant import PackedWeight
+
+ROWS_LAYOUT = "cuda.rows"
+"""(qweight, scales[, qzeros][, g_idx]) as in PackedWeight, for float32. The others: backends/panels.py."""
+
+PANEL_DTYPES = (torch.float16, torch.bfloat16)
+"""Activations that the tensor cores take."""
+
+_GATHERED_BEFORE = 16
+"""Above this many rows of x, act-order columns are gathered by a kernel of their own."""
+
+
+def supports_linear(problem: Wna16Problem | DequantizeProblem) -> str | None:
+    return library.refuse(problem.device, dtype=problem.dtype)
+
+
+def describe_linear(problem: Wna16Problem) -> str:
+    if problem.dtype == torch.float32:
+        gather = ", group by group index" if problem.has_g_idx else ""
+        return (
+            f"wna16_rows<{problem.bits} bits>: a warp streams two weight rows, up to 8 tokens at once{gather}"
+        )
+    gather = ", x gathered by column" if problem.has_g_idx else ""
+    return f"panels of {problem.bits} bits: streamed for few tokens, wgmma for many on sm_90a{gather}"
+
+
+def supports_gate_up(problem: Wna16GateUpSiluProblem) -> str | None:
+    if problem.dtype not in PANEL_DTYPES:
+        return f"dtype is {problem.dtype}, expected one of {', '.join(map(str, PANEL_DTYPES))}"
+    return library.refuse(problem.device, dtype=problem.dtype)
+
+
+def describe_gate_up(problem: Wna16GateUpSiluProblem) -> str:
+    return f"{describe_linear(problem.linear)}; silu(gate) * up before the one rounding"
+
+
+def prepare(packed: PackedWeight, dtype: torch.dtype) -> PreparedWeight:
+    if dtype not in PANEL_DTYPES:
+        return PreparedWeight(packed.spec, packed.N, packed.K, dtype, "cuda", ROWS_LAYOUT, packed.tensors)
+    return _prepare_panels(packed, dtype, "wna16_linear")
+
+
+def prepare_gate_up(packed: PackedWeight, dtype: torch.dtype) -> PreparedWeight:
+    return _prepare_panels(packed, dtype, "wna16_gate_up_silu")
+
+
+def _prepare_panels(packed: PackedWeight, dtype: torch.dtype, operator: LinearOperator) -> PreparedWeight:
+    panels = pack_panels(packed, dtype, gate_up=operator == "wna16_gate_up_silu")
+    return PreparedWeight(
+        packed.spec, packed.N, packed.K, dtype, "cuda", panels.layout, panels.tensors, operator
+    )
+
+
+def wna16_linear(
+    x: Tensor,
+    weight: PreparedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor | None,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """x (M, K) -> (M, N), into `out` when that is given."""
+    if out is None:
+        out = torch.empty((x.shape[0], weight.N), dtype=x.dtype, device=x.device)
+    if weight.stored_layout == ROWS_LAYOUT:
+        # The tile that a row of x is in does not change the order in which its products are added.
+        _launch_rows(x, weight, bias, residual, out)
+    else:
+        launch_panels(x, weight, bias, residual, out, batch_invariant)
+    return out
+
+
+def wna16_gate_up_silu(x: Tensor, weight: PreparedWeight, out: Tensor | None) -> Tensor:
+    """x (M, K) -> (M, N / 2), into `out` when that is given."""
+    if out is None:
+        out = torch.empty((x.shape[0], weight.N // 2), dtype=x.dtype, device=x.device)
+    launch_panels(x, weight, None, None, out, False)
+    return out
+
+
+def launch_panels(
+    x: Tensor,
+    weight: PreparedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+    batch_invariant: bool,
+    config: library.binding.StreamConfig | None = None,
+) -> None:
+    """config: how to run the streaming kernel, for tests and tuning; by default the library chooses."""
+    spec, panels = weight.spec, weight.tensors[0]
+    perm = weight.tensors[1] if len(weight.tensors) == 2 else None
+    if perm is not None and x.shape[0] > _GATHERED_BEFORE and not batch_invariant and config is None:
+        # The copy engine, which feeds the kernel for many tokens, cannot gather.
+        x, perm = _gathered(x, perm), None
+    group = 32 if weight.stored_layout.endswith("32") else spec.group_size
+    device = x.get_device()
+    library.binding.wna16_panels(
+        config,
+        x.data_ptr(),
+        panels.data_ptr(),
+        library.address(perm),
+        library.address(bias),
+        library.address(residual),
+        out.data_ptr(),
+        x.shape[0],
+        weight.N,
+        x.shape[1],
+        panels.shape[1],
+        x.stride(0),
+        library.row_stride(residual),
+        out.stride(0),
+        spec.bits,
+        1 if group == "channel" else BLOCK_COLUMNS // group,
+        not spec.symmetric,
+        weight.operator == "wna16_gate_up_silu",
+        batch_invariant,
+        weight.is_prefetched,
+        library.DTYPE_CODES[x.dtype],
+        device,
+        library.stream(device),
+    )
+
+
+def _gathered(x: Tensor, perm: Tensor) -> Tensor:
+    """x with its columns as the weight stores them: (M, len(perm)), zero where perm is -1."""
+    columns = torch.where(perm < 0, x.shape[1], perm)
+    return torch.nn.functional.pad(x, (0, 1)).index_select(1, columns)
+
+
+def _launch_rows(
+    x: Tensor, weight: PreparedWeight, bias: Tensor | None, residual: Tensor | None, out: Tensor
+) -> None:
+    spec, tensors = weight.spec, weight.tensors
+    qzeros = None if spec.symmetric else tensors[2]
+    g_idx = tensors[-1] if len(tensors) == (3 if spec.symmetric else 4) else None
+    device = x.get_device()
+    library.binding.wna16_linear(
+        x.data_ptr(),
+        tensors[0].data_ptr(),
+        tensors[1].data_ptr(),
+        library.address(qzeros),
+        library.address(g_idx),
+        library.address(bias),
+        library.address(residual),
+        out.data_ptr(),
+        x.shape[0],
+        weight.N,
+        weight.K,
+        x.stride(0),
+        library.row_stride(residual),
+        out.stride(0),
+        spec.bits,
+        -1 if spec.group_size == "channel" else spec.group_size,
+        library.DTYPE_CODES[x.dtype],
+        device,
+        library.stream(device),
+    )
+
+
+def dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """The weight as (N, K) of `dtype`."""
+    spec = packed.spec
+    out = torch.empty((packed.N, packed.K), dtype=dtype, device=packed.device)
+    device = out.get_device()
+    library.binding.dequantize(
+        packed.qweight.data_ptr(),
+        packed.scales.data_ptr(),
+        library.address(packed.qzeros),
+        library.address(packed.g_idx),
+        out.data_ptr(),
+        packed.N,
+        packed.K,
+        spec.bits,
+        -1 if spec.group_size == "channel" else spec.group_size,
+        library.DTYPE_CODES[packed.scales.dtype],
+        library.DTYPE_CODES[dtype],
+        device,
+        library.stream(device),
+    )
+    return out
