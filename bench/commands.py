@@ -238,6 +238,8 @@ def _finish(
         from qsun_bench import plots
 
         plots.save(run, arguments.plot)
+        if plots.has_skew(run):
+            plots.save_skew(run, arguments.plot.with_stem(f"{arguments.plot.stem}-skew"))
     if recording is not None:
         folder = results.device_folder(arguments.device)
         path = recording[0] / results.RESULTS / folder / f"{suite}.json"

@@ -14,7 +14,13 @@ from qsun_bench.cases import Case
 from qsun_bench.cases.attention import AttentionOperands
 from qsun_bench.cases.wna16 import Wna16Operands
 from qsun_bench.peers import Prepared
-from qsun_kernels import paged_attention_decode, prepare_weight, wna16_linear
+from qsun_kernels import (
+    AttentionPlan,
+    paged_attention_decode,
+    plan_paged_attention,
+    prepare_weight,
+    wna16_linear,
+)
 from qsun_kernels.backends.dispatch import refusal
 from qsun_kernels.backends.problems import BACKENDS, BackendName
 
@@ -59,6 +65,21 @@ def _prepare_linear(operands: Wna16Operands, backend: BackendName) -> Prepared:
 
 def _prepare_attention(operands: AttentionOperands, backend: BackendName) -> Prepared:
     kv = operands.copy()
+    _, num_kv_heads, block_size, head_dim = kv.k_cache.shape
+
+    def make_plan() -> AttentionPlan:
+        return plan_paged_attention(
+            kv.seq_lens,
+            num_q_heads=kv.q_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            block_size=block_size,
+            dtype=kv.k_cache.dtype,
+            window=kv.window,
+            backend=backend,
+        )
+
+    plan = make_plan()
 
     def run(q: Tensor) -> Tensor:
         out = paged_attention_decode(
@@ -69,12 +90,12 @@ def _prepare_attention(operands: AttentionOperands, backend: BackendName) -> Pre
             kv.seq_lens,
             softmax_scale=kv.softmax_scale,
             window=kv.window,
-            backend=backend,
+            plan=plan,
         )
         assert isinstance(out, Tensor)
         return out
 
-    return Prepared(run, kv.tensors)
+    return Prepared(run, kv.tensors, plan=make_plan if plan.tensors else None)
 
 
 def contenders(op: str) -> Sequence[Contender]:

@@ -14,6 +14,7 @@ from qsun_bench.cases import Case, Operands, Oracle
 from qsun_bench.contenders import Contender
 from qsun_bench.gate import Verdict, judge
 from qsun_bench.peers import Prepared
+from qsun_bench.plan_time import time_plan
 from qsun_bench.results import Record
 from qsun_kernels.testing.timing import copies_to_overflow, time_calls
 
@@ -122,11 +123,13 @@ def _run_contender(
         verdicts = {case: _unless_wrong(verdicts.get(case), failure) for case in possible}
     for case, verdict in verdicts.items():
         us: float | None = None
+        plan_us: float | None = None
         if verdict.ok:
             try:
                 us = _time(case, rotation, device, seconds)
+                plan_us = time_plan(prepared, device)
             except Exception as error:
-                verdict = Verdict(False, None, _first_line(error))
+                verdict, us = Verdict(False, None, _first_line(error)), None
         record = Record(
             op=case.op,
             case=case.name,
@@ -137,6 +140,7 @@ def _run_contender(
             ok=verdict.ok,
             fields=case.fields(),
             note=contender.note if verdict.ok else verdict.reason,
+            plan_us=plan_us,
         )
         yield Outcome(case, contender.name, record, verdict.reason)
 

@@ -51,7 +51,7 @@ def save_roofline(run: Run, path: Path) -> None:
 
 def save_recorded(root: Path, folder: Path) -> Sequence[Path]:
     """Draw every recorded run under `root` into `folder` as SUITE-DEVICE.svg; matrix products as
-    SUITE-DEVICE-roofline.svg, too. Returns what was drawn.
+    SUITE-DEVICE-roofline.svg, too, and skewed batches as SUITE-DEVICE-skew.svg. Returns what was drawn.
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
@@ -61,6 +61,8 @@ def save_recorded(root: Path, folder: Path) -> Sequence[Path]:
         plots: list[tuple[str, Callable[[Run, Path], None]]] = [(f"{name}.svg", save)]
         if any("M" in record.fields and record.ok for record in run.records):
             plots.append((f"{name}-roofline.svg", save_roofline))
+        if has_skew(run):
+            plots.append((f"{name}-skew.svg", save_skew))
         for file, draw in plots:
             draw(run, folder / file)
             drawn.append(folder / file)
@@ -201,3 +203,51 @@ def _bars(run: Run, timed: list[Record]) -> Figure:
     axes.set_xlabel("share of the read bandwidth")
     axes.legend(fontsize=7)
     return figure
+
+
+def has_skew(run: Run) -> bool:
+    """Whether some batch was timed at several skews: then `save_skew` has something to draw."""
+    return bool(_by_total(run.records))
+
+
+def save_skew(run: Run, path: Path) -> None:
+    """Draw time over skew into `path`: batches with equally many requests, tokens and heads, one panel each.
+
+    Skew is the longest request over the mean one, 1 for a uniform batch; a kernel that balances its work by
+    the tokens is a flat line. Raises ResultsError as `save` does, and when no batch was timed at two skews.
+    """
+    panels = _by_total(_timed(run))
+    if not panels:
+        raise ResultsError("--plot: no batch was timed at two skews, nothing to draw")
+    backends = list(dict.fromkeys(record.backend for records in panels.values() for record in records))
+    figure, every = _grid(len(panels), 4.2, 3.2)
+    for axes, (title, records) in zip(every, panels.items(), strict=True):
+        _draw_times(axes, backends, records, _skew)
+        floor = sorted({(_skew(r), _floor(run, r)) for r in records})
+        axes.plot(*zip(*floor, strict=True), color="black", linestyle=":", linewidth=1, label="bytes / read")
+        axes.set_xscale("log")
+        _plain_numbers(axes.xaxis)
+        _finish_axes(axes, title, "longest request / mean request")
+    _legend(figure)
+    _save(run, figure, path)
+
+
+def _lengths(record: Record) -> list[int]:
+    lengths = record.fields.get("seq_lens")
+    return lengths if isinstance(lengths, list) else []
+
+
+def _skew(record: Record) -> float:
+    lengths = _lengths(record)
+    return max(lengths) * len(lengths) / sum(lengths)
+
+
+def _by_total(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """The timed records whose batches differ in skew alone, where there are two skews at least."""
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        lengths = _lengths(record)
+        if record.ok and record.us is not None and sum(lengths):
+            heads = record.case.partition(".")[0]
+            found.setdefault(f"{heads}: {len(lengths)} requests, {sum(lengths)} tokens", []).append(record)
+    return {title: same for title, same in found.items() if len({_skew(record) for record in same}) > 1}

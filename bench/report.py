@@ -115,7 +115,10 @@ def _by_rows(run: Run) -> str:
 
 
 def _by_case(run: Run) -> str:
-    """Everything else: a line a case, a column a contender, us and the share of the read bandwidth."""
+    """Everything else: a line a case, a column a contender, us and the share of the read bandwidth.
+
+    Where contenders plan, once a step for all layers, the time of that behind a plus.
+    """
     backends = list(dict.fromkeys(record.backend for record in run.records))
     by_place = {(record.case, record.backend): record for record in run.records}
     lines = []
@@ -126,6 +129,10 @@ def _by_case(run: Run) -> str:
             text = _cell(record)
             if record is not None and record.ok and record.gb_s is not None:
                 text += f" ({record.gb_s / (run.header.read_tb_s * 1e3):.0%})"
+                if record.plan_us is not None:
+                    text += f" + {record.plan_us:.1f}"
             cells.append(text)
         lines.append((case, *cells))
-    return tables.markdown(("us (share of read bandwidth)", *backends), lines)
+    planned = any(record.plan_us is not None for record in run.records)
+    title = "us (share of read bandwidth)" + (" + plan, once a step" if planned else "")
+    return tables.markdown((title, *backends), lines)

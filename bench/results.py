@@ -8,7 +8,8 @@ us: median microseconds, null when the result was wrong and nothing was timed. b
 error: the largest error against float64 as a multiple of what is tolerated (1 is the limit), null when
 nothing came out. ok: whether the result was right. read_tb_s: the read-only bandwidth of the device in the
 same run, TB/s. note: only where there is one: why a result was wrong or did not come, or what a peer's figure
-was taken with.
+was taken with. plan_us: only where there is one: microseconds of what is done once a step for all layers
+(sharing attention out); us is without it.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One contender on one case; `fields` are the problem's. note: see the module."""
+    """One contender on one case; `fields` are the problem's. note, plan_us: see the module."""
 
     op: str
     case: str
@@ -86,6 +87,7 @@ class Record:
     ok: bool
     fields: Mapping[str, Json] = field(default_factory=dict)
     note: str = ""
+    plan_us: float | None = None
 
     @property
     def failed(self) -> bool:
@@ -115,6 +117,8 @@ class Run:
         rows = []
         for record in self.records:
             row = {name: getattr(record, name) for name in _RECORD_TYPES} | dict(record.fields)
+            if record.plan_us is not None:
+                row["plan_us"] = record.plan_us
             if record.note:
                 row["note"] = record.note
             rows.append("    " + json.dumps(row))
@@ -142,8 +146,12 @@ def parse(text: str, source: str) -> Run:
         note = checked.pop("note", "")
         if not isinstance(note, str):
             raise ResultsError(f"{source}: records[{i}].note is {note!r}, expected str")
+        plan_us = checked.pop("plan_us", None)
+        if plan_us is not None and not (isinstance(plan_us, (int, float)) and plan_us > 0):
+            raise ResultsError(f"{source}: records[{i}].plan_us is {plan_us!r}, expected a positive time")
         fields = {name: value for name, value in checked.items() if name not in _RECORD_TYPES}
-        records.append(Record(**{name: checked[name] for name in _RECORD_TYPES}, fields=fields, note=note))
+        known = {name: checked[name] for name in _RECORD_TYPES}
+        records.append(Record(**known, fields=fields, note=note, plan_us=plan_us))
     return Run(Header(**header), tuple(records))
 
 

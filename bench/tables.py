@@ -83,10 +83,20 @@ def record_row(record: Record, run_read_tb_s: float, baselines: Mapping[str, Rec
     )
 
 
+def plan_cells(record: Record) -> Row:
+    """What a plan takes, and the call together with it: as much as a model of one layer would wait."""
+    if record.plan_us is None or record.us is None:
+        return ("", "")
+    return (f"{record.plan_us:.1f}", f"{record.us + record.plan_us:.1f}")
+
+
 def show_run(run: Run, baseline: str, stream: TextIO | None = None) -> None:
     """The whole run, in the order of its records."""
     baselines = {record.case: record for record in run.records if record.backend == baseline}
     columns = [*COLUMNS]
     columns[5] = f"vs {baseline}" if baseline else "speed-up"
     rows = [record_row(record, run.header.read_tb_s, baselines) for record in run.records]
+    if any(record.plan_us is not None for record in run.records):
+        columns += ["plan us", "us + plan"]
+        rows = [(*row, *plan_cells(record)) for row, record in zip(rows, run.records, strict=True)]
     show(run.header.line(), columns, rows, stream, text_columns=2)

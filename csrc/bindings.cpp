@@ -126,19 +126,19 @@ void bind_panels(py::module_& m) {
   using qsun::StreamConfig;
   using qsun::Wna16PanelsParams;
   printable<StreamConfig>(m, "StreamConfig", "How the streaming kernel of panel weights is launched.")
-      .def(py::init([](int token_tiles, int row_tiles, int row_blocks, int warps, int stages, int split_k,
-                       bool overlaps_producer) {
-             return StreamConfig{token_tiles, row_tiles, row_blocks,       warps,
-                                 stages,      split_k,   overlaps_producer};
+      .def(py::init([](int token_tiles, int row_tiles, int row_blocks, int warps, int stages,
+                       bool copy_engine, bool overlaps_producer) {
+             return StreamConfig{token_tiles, row_tiles,   row_blocks,       warps,
+                                 stages,      copy_engine, overlaps_producer};
            }),
-           py::kw_only(), "token_tiles"_a, "row_tiles"_a, "row_blocks"_a, "warps"_a, "stages"_a, "split_k"_a,
-           "overlaps_producer"_a)
+           py::kw_only(), "token_tiles"_a, "row_tiles"_a, "row_blocks"_a, "warps"_a, "stages"_a,
+           "copy_engine"_a, "overlaps_producer"_a)
       .def_readonly("token_tiles", &StreamConfig::token_tiles)
       .def_readonly("row_tiles", &StreamConfig::row_tiles)
       .def_readonly("row_blocks", &StreamConfig::row_blocks)
       .def_readonly("warps", &StreamConfig::warps)
       .def_readonly("stages", &StreamConfig::stages)
-      .def_readonly("split_k", &StreamConfig::split_k)
+      .def_readonly("copy_engine", &StreamConfig::copy_engine)
       .def_readonly("overlaps_producer", &StreamConfig::overlaps_producer);
   const auto sizes = [](int64_t M, int64_t N, int64_t K, int bits, int groups_per_block, bool has_zeros,
                         bool batch_invariant) {
@@ -162,6 +162,17 @@ void bind_panels(py::module_& m) {
       },
       "M"_a, "N"_a, "K"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a, "batch_invariant"_a, "props"_a);
   m.def(
+      "wna16_panels_scratch_bytes",
+      [sizes](int64_t M, int64_t N, int64_t K, int bits, int groups_per_block, bool has_zeros,
+              bool batch_invariant, const qsun::DeviceProps& props) {
+        Wna16PanelsParams p = sizes(M, N, K, bits, groups_per_block, has_zeros, batch_invariant);
+        p.x_stride = (K + 7) / 8 * 8;
+        return qsun::wna16_panels_scratch_bytes(p, props);
+      },
+      "What a call needs where the columns are those of x and its rows aligned to 16 bytes; no call needs "
+      "more.",
+      "M"_a, "N"_a, "K"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a, "batch_invariant"_a, "props"_a);
+  m.def(
       "describe_wna16_panels",
       [sizes](int64_t M, int64_t N, int64_t K, int bits, int groups_per_block, bool has_zeros,
               bool batch_invariant, const qsun::DeviceProps& props) {
@@ -171,10 +182,10 @@ void bind_panels(py::module_& m) {
   m.def(
       "wna16_panels",
       [](const StreamConfig* config, uintptr_t x, uintptr_t panels, uintptr_t perm, uintptr_t bias,
-         uintptr_t residual, uintptr_t out, int64_t M, int64_t N, int64_t K, int64_t column_blocks,
-         int64_t x_stride, int64_t residual_stride, int64_t out_stride, int bits, int groups_per_block,
-         bool has_zeros, bool gate_up, bool batch_invariant, bool prefetch_weights, int dtype, int device,
-         uintptr_t stream) {
+         uintptr_t residual, uintptr_t out, uintptr_t scratch, int64_t scratch_bytes, int64_t M, int64_t N,
+         int64_t K, int64_t column_blocks, int64_t x_stride, int64_t residual_stride, int64_t out_stride,
+         int bits, int groups_per_block, bool has_zeros, bool gate_up, bool batch_invariant,
+         bool prefetch_weights, int dtype, int device, uintptr_t stream) {
         Wna16PanelsParams p;
         p.x = pointer(x);
         p.panels = pointer<uint8_t>(panels);
@@ -182,6 +193,8 @@ void bind_panels(py::module_& m) {
         p.bias = pointer(bias);
         p.residual = pointer(residual);
         p.out = pointer(out);
+        p.scratch = pointer(scratch);
+        p.scratch_bytes = scratch_bytes;
         p.M = M;
         p.N = N;
         p.K = K;
@@ -199,9 +212,10 @@ void bind_panels(py::module_& m) {
         check(config == nullptr ? qsun::wna16_panels(p) : qsun::wna16_panels(p, *config));
       },
       "config: a StreamConfig to run as told by the streaming kernel, or None.", "config"_a.none(true), "x"_a,
-      "panels"_a, "perm"_a, "bias"_a, "residual"_a, "out"_a, "M"_a, "N"_a, "K"_a, "column_blocks"_a,
-      "x_stride"_a, "residual_stride"_a, "out_stride"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a,
-      "gate_up"_a, "batch_invariant"_a, "prefetch_weights"_a, "dtype"_a, "device"_a, "stream"_a);
+      "panels"_a, "perm"_a, "bias"_a, "residual"_a, "out"_a, "scratch"_a, "scratch_bytes"_a, "M"_a, "N"_a,
+      "K"_a, "column_blocks"_a, "x_stride"_a, "residual_stride"_a, "out_stride"_a, "bits"_a,
+      "groups_per_block"_a, "has_zeros"_a, "gate_up"_a, "batch_invariant"_a, "prefetch_weights"_a, "dtype"_a,
+      "device"_a, "stream"_a);
 }
 
 void bind_wna16(py::module_& m) {
@@ -275,79 +289,155 @@ void bind_wna16(py::module_& m) {
 
 // ---- paged_attention_decode, write_kv_cache
 
-qsun::PagedAttentionDecodeParams attention_sizes(int64_t batch, int64_t num_q_heads, int64_t num_kv_heads,
-                                                 int64_t head_dim, int64_t block_size, int64_t max_blocks,
-                                                 int64_t window) {
+qsun::PagedAttentionDecodeParams attention_sizes(int64_t batch, int64_t q_len, int64_t num_q_heads,
+                                                 int64_t num_kv_heads, int64_t head_dim, int64_t block_size,
+                                                 int64_t max_blocks, int64_t window, int dtype) {
   qsun::PagedAttentionDecodeParams p;
   p.batch = batch;
+  p.q_len = q_len;
   p.num_q_heads = num_q_heads;
   p.num_kv_heads = num_kv_heads;
   p.head_dim = head_dim;
   p.block_size = block_size;
   p.max_blocks = max_blocks;
   p.window = window;
+  p.dtype = static_cast<qsun::DType>(dtype);
   return p;
+}
+
+// A question about sizes alone: the answer of ask(sizes, props).
+template <typename Ask>
+void bind_attention_question(py::module_& m, const char* name, const char* doc, Ask ask) {
+  m.def(
+      name,
+      [ask](int64_t batch, int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim,
+            int64_t block_size, int64_t max_blocks, int64_t window, int dtype,
+            const qsun::DeviceProps& props) {
+        const auto p = attention_sizes(batch, q_len, num_q_heads, num_kv_heads, head_dim, block_size,
+                                       max_blocks, window, dtype);
+        check(qsun::paged_attention_decode_sizes(p));
+        return ask(p, props);
+      },
+      doc, "batch"_a, "q_len"_a, "num_q_heads"_a, "num_kv_heads"_a, "head_dim"_a, "block_size"_a,
+      "max_blocks"_a, "window"_a, "dtype"_a, "props"_a);
+}
+
+// The answer of ask(sizes, config), or of ask(sizes, props) where config is None.
+template <typename Ask>
+void bind_attention_bytes(py::module_& m, const char* name, const char* doc, Ask ask) {
+  m.def(
+      name,
+      [ask](const qsun::PagedAttentionDecodeConfig* config, int64_t batch, int64_t q_len, int64_t num_q_heads,
+            int64_t num_kv_heads, int64_t head_dim, int64_t block_size, int64_t max_blocks, int64_t window,
+            int dtype, const qsun::DeviceProps& props) {
+        const auto p = attention_sizes(batch, q_len, num_q_heads, num_kv_heads, head_dim, block_size,
+                                       max_blocks, window, dtype);
+        check(qsun::paged_attention_decode_sizes(p));
+        return config == nullptr ? ask(p, props) : ask(p, *config);
+      },
+      doc, "config"_a.none(true), "batch"_a, "q_len"_a, "num_q_heads"_a, "num_kv_heads"_a, "head_dim"_a,
+      "block_size"_a, "max_blocks"_a, "window"_a, "dtype"_a, "props"_a);
+}
+
+void bind_attention_configs(py::module_& m) {
+  using Params = qsun::PagedAttentionDecodeParams;
+  using Props = qsun::DeviceProps;
+  using qsun::PagedAttentionDecodeConfig;
+  using qsun::PagedAttentionSplitConfig;
+  printable<PagedAttentionDecodeConfig>(m, "PagedAttentionDecodeConfig",
+                                        "How the planned kernel of paged_attention_decode is launched.")
+      .def(py::init([](int warps, int stages, int blocks_per_sm, int parts, int min_part_units,
+                       bool overlaps_producer) {
+             return PagedAttentionDecodeConfig{warps, stages,         blocks_per_sm,
+                                               parts, min_part_units, overlaps_producer};
+           }),
+           py::kw_only(), "warps"_a, "stages"_a, "blocks_per_sm"_a, "parts"_a, "min_part_units"_a,
+           "overlaps_producer"_a)
+      .def_readonly("warps", &PagedAttentionDecodeConfig::warps)
+      .def_readonly("stages", &PagedAttentionDecodeConfig::stages)
+      .def_readonly("blocks_per_sm", &PagedAttentionDecodeConfig::blocks_per_sm)
+      .def_readonly("parts", &PagedAttentionDecodeConfig::parts)
+      .def_readonly("min_part_units", &PagedAttentionDecodeConfig::min_part_units)
+      .def_readonly("overlaps_producer", &PagedAttentionDecodeConfig::overlaps_producer);
+  printable<PagedAttentionSplitConfig>(m, "PagedAttentionSplitConfig",
+                                       "How the other kernel of paged_attention_decode is launched.")
+      .def_readonly("head_tile", &PagedAttentionSplitConfig::head_tile)
+      .def_readonly("head_tiles", &PagedAttentionSplitConfig::head_tiles)
+      .def_readonly("lanes", &PagedAttentionSplitConfig::lanes)
+      .def_readonly("num_parts", &PagedAttentionSplitConfig::num_parts)
+      .def_readonly("grid", &PagedAttentionSplitConfig::grid);
+  bind_attention_question(m, "choose_paged_attention_decode",
+                          "A PagedAttentionDecodeConfig, or None where the other kernel serves the sizes.",
+                          [](const Params& p, const Props& props) {
+                            return qsun::is_planned(p) ? py::cast(qsun::choose(p, props))
+                                                       : py::object(py::none());
+                          });
+  bind_attention_question(m, "choose_paged_attention_split", "A PagedAttentionSplitConfig.",
+                          [](const Params& p, const Props& props) { return qsun::choose_split(p, props); });
+  bind_attention_bytes(
+      m, "paged_attention_plan_bytes",
+      "Bytes of a plan; 0 where the kernel that serves the sizes takes none.",
+      [](const Params& p, const auto& how) { return qsun::paged_attention_plan_bytes(p, how); });
+  bind_attention_bytes(
+      m, "paged_attention_decode_scratch_bytes", "Bytes of scratch of one call.",
+      [](const Params& p, const auto& how) { return qsun::paged_attention_decode_scratch_bytes(p, how); });
 }
 
 void bind_attention(py::module_& m) {
   using qsun::PagedAttentionDecodeConfig;
-  printable<PagedAttentionDecodeConfig>(m, "PagedAttentionDecodeConfig",
-                                        "How paged_attention_decode is launched.")
-      .def_readonly("head_tile", &PagedAttentionDecodeConfig::head_tile)
-      .def_readonly("head_tiles", &PagedAttentionDecodeConfig::head_tiles)
-      .def_readonly("lanes", &PagedAttentionDecodeConfig::lanes)
-      .def_readonly("num_parts", &PagedAttentionDecodeConfig::num_parts)
-      .def_readonly("grid", &PagedAttentionDecodeConfig::grid);
+  bind_attention_configs(m);
   m.def(
-      "choose_paged_attention_decode",
-      [](int64_t batch, int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t block_size,
-         int64_t max_blocks, int64_t window, const qsun::DeviceProps& props) {
-        const auto p =
-            attention_sizes(batch, num_q_heads, num_kv_heads, head_dim, block_size, max_blocks, window);
-        check(qsun::paged_attention_decode_sizes(p));
-        return qsun::choose(p, props);
+      "plan_paged_attention",
+      [](const PagedAttentionDecodeConfig* config, uintptr_t seq_lens, uintptr_t plan, int64_t plan_bytes,
+         int64_t batch, int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim,
+         int64_t block_size, int64_t window, int dtype, int device, uintptr_t stream) {
+        auto p =
+            attention_sizes(batch, q_len, num_q_heads, num_kv_heads, head_dim, block_size, 0, window, dtype);
+        p.seq_lens = pointer<int32_t>(seq_lens);
+        p.plan = pointer(plan);
+        p.plan_bytes = plan_bytes;
+        place(p, dtype, device, stream);
+        check(config == nullptr ? qsun::plan_paged_attention(p) : qsun::plan_paged_attention(p, *config));
       },
-      "batch"_a, "num_q_heads"_a, "num_kv_heads"_a, "head_dim"_a, "block_size"_a, "max_blocks"_a, "window"_a,
-      "props"_a);
-  m.def(
-      "paged_attention_decode_scratch_bytes",
-      [](int64_t batch, int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t block_size,
-         int64_t max_blocks, int64_t window, const qsun::DeviceProps& props) {
-        const auto p =
-            attention_sizes(batch, num_q_heads, num_kv_heads, head_dim, block_size, max_blocks, window);
-        check(qsun::paged_attention_decode_sizes(p));
-        return qsun::paged_attention_decode_scratch_bytes(p, props);
-      },
-      "batch"_a, "num_q_heads"_a, "num_kv_heads"_a, "head_dim"_a, "block_size"_a, "max_blocks"_a, "window"_a,
-      "props"_a);
+      "config: a PagedAttentionDecodeConfig to plan for, or None.", "config"_a.none(true), "seq_lens"_a,
+      "plan"_a, "plan_bytes"_a, "batch"_a, "q_len"_a, "num_q_heads"_a, "num_kv_heads"_a, "head_dim"_a,
+      "block_size"_a, "window"_a, "dtype"_a, "device"_a, "stream"_a);
   m.def(
       "paged_attention_decode",
-      [](uintptr_t q, uintptr_t k_cache, uintptr_t v_cache, uintptr_t block_table, uintptr_t seq_lens,
-         uintptr_t out, uintptr_t lse, uintptr_t scratch, int64_t scratch_bytes, int64_t batch,
-         int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t num_blocks, int64_t block_size,
-         int64_t max_blocks, int64_t q_stride, int64_t block_table_stride, int64_t window,
-         float softmax_scale, int dtype, int device, uintptr_t stream) {
-        auto p = attention_sizes(batch, num_q_heads, num_kv_heads, head_dim, block_size, max_blocks, window);
+      [](const PagedAttentionDecodeConfig* config, uintptr_t q, uintptr_t k_cache, uintptr_t v_cache,
+         uintptr_t block_table, uintptr_t seq_lens, uintptr_t sinks, uintptr_t out, uintptr_t lse,
+         uintptr_t plan, int64_t plan_bytes, uintptr_t scratch, int64_t scratch_bytes, int64_t batch,
+         int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t num_blocks,
+         int64_t block_size, int64_t max_blocks, int64_t q_stride, int64_t block_table_stride, int64_t window,
+         float softmax_scale, float softcap, int dtype, int device, uintptr_t stream) {
+        auto p = attention_sizes(batch, q_len, num_q_heads, num_kv_heads, head_dim, block_size, max_blocks,
+                                 window, dtype);
         p.q = pointer(q);
         p.k_cache = pointer(k_cache);
         p.v_cache = pointer(v_cache);
         p.block_table = pointer<int32_t>(block_table);
         p.seq_lens = pointer<int32_t>(seq_lens);
+        p.sinks = pointer<float>(sinks);
         p.out = pointer(out);
         p.lse = pointer<float>(lse);
+        p.plan = pointer(plan);
+        p.plan_bytes = plan_bytes;
         p.scratch = pointer(scratch);
         p.scratch_bytes = scratch_bytes;
         p.num_blocks = num_blocks;
         p.q_stride = q_stride;
         p.block_table_stride = block_table_stride;
         p.softmax_scale = softmax_scale;
+        p.softcap = softcap;
         place(p, dtype, device, stream);
-        check(qsun::paged_attention_decode(p));
+        check(config == nullptr ? qsun::paged_attention_decode(p) : qsun::paged_attention_decode(p, *config));
       },
-      "q"_a, "k_cache"_a, "v_cache"_a, "block_table"_a, "seq_lens"_a, "out"_a, "lse"_a, "scratch"_a,
-      "scratch_bytes"_a, "batch"_a, "num_q_heads"_a, "num_kv_heads"_a, "head_dim"_a, "num_blocks"_a,
-      "block_size"_a, "max_blocks"_a, "q_stride"_a, "block_table_stride"_a, "window"_a, "softmax_scale"_a,
-      "dtype"_a, "device"_a, "stream"_a);
+      "config: a PagedAttentionDecodeConfig to run as told by the planned kernel, or None.",
+      "config"_a.none(true), "q"_a, "k_cache"_a, "v_cache"_a, "block_table"_a, "seq_lens"_a, "sinks"_a,
+      "out"_a, "lse"_a, "plan"_a, "plan_bytes"_a, "scratch"_a, "scratch_bytes"_a, "batch"_a, "q_len"_a,
+      "num_q_heads"_a, "num_kv_heads"_a, "head_dim"_a, "num_blocks"_a, "block_size"_a, "max_blocks"_a,
+      "q_stride"_a, "block_table_stride"_a, "window"_a, "softmax_scale"_a, "softcap"_a, "dtype"_a, "device"_a,
+      "stream"_a);
   m.def(
       "write_kv_cache",
       [](uintptr_t k, uintptr_t v, uintptr_t k_cache, uintptr_t v_cache, uintptr_t slot_mapping,

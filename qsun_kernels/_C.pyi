@@ -49,7 +49,7 @@ class StreamConfig:
         row_blocks: int,
         warps: int,
         stages: int,
-        split_k: int,
+        copy_engine: bool,
         overlaps_producer: bool,
     ) -> None: ...
     @property
@@ -63,11 +63,35 @@ class StreamConfig:
     @property
     def stages(self) -> int: ...
     @property
-    def split_k(self) -> int: ...
+    def copy_engine(self) -> bool: ...
     @property
     def overlaps_producer(self) -> bool: ...
 
 class PagedAttentionDecodeConfig:
+    def __init__(
+        self,
+        *,
+        warps: int,
+        stages: int,
+        blocks_per_sm: int,
+        parts: int,
+        min_part_units: int,
+        overlaps_producer: bool,
+    ) -> None: ...
+    @property
+    def warps(self) -> int: ...
+    @property
+    def stages(self) -> int: ...
+    @property
+    def blocks_per_sm(self) -> int: ...
+    @property
+    def parts(self) -> int: ...
+    @property
+    def min_part_units(self) -> int: ...
+    @property
+    def overlaps_producer(self) -> bool: ...
+
+class PagedAttentionSplitConfig:
     @property
     def head_tile(self) -> int: ...
     @property
@@ -120,6 +144,16 @@ def choose_wna16_stream(
     batch_invariant: bool,
     props: DeviceProps,
 ) -> StreamConfig: ...
+def wna16_panels_scratch_bytes(
+    M: int,
+    N: int,
+    K: int,
+    bits: int,
+    groups_per_block: int,
+    has_zeros: bool,
+    batch_invariant: bool,
+    props: DeviceProps,
+) -> int: ...
 def describe_wna16_panels(
     M: int,
     N: int,
@@ -138,6 +172,8 @@ def wna16_panels(
     bias: int,
     residual: int,
     out: int,
+    scratch: int,
+    scratch_bytes: int,
     M: int,
     N: int,
     K: int,
@@ -172,35 +208,86 @@ def dequantize(
 ) -> None: ...
 def choose_paged_attention_decode(
     batch: int,
+    q_len: int,
     num_q_heads: int,
     num_kv_heads: int,
     head_dim: int,
     block_size: int,
     max_blocks: int,
     window: int,
+    dtype: int,
     props: DeviceProps,
-) -> PagedAttentionDecodeConfig: ...
-def paged_attention_decode_scratch_bytes(
+) -> PagedAttentionDecodeConfig | None: ...
+def choose_paged_attention_split(
     batch: int,
+    q_len: int,
     num_q_heads: int,
     num_kv_heads: int,
     head_dim: int,
     block_size: int,
     max_blocks: int,
     window: int,
+    dtype: int,
+    props: DeviceProps,
+) -> PagedAttentionSplitConfig: ...
+def paged_attention_plan_bytes(
+    config: PagedAttentionDecodeConfig | None,
+    batch: int,
+    q_len: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    max_blocks: int,
+    window: int,
+    dtype: int,
     props: DeviceProps,
 ) -> int: ...
+def paged_attention_decode_scratch_bytes(
+    config: PagedAttentionDecodeConfig | None,
+    batch: int,
+    q_len: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    max_blocks: int,
+    window: int,
+    dtype: int,
+    props: DeviceProps,
+) -> int: ...
+def plan_paged_attention(
+    config: PagedAttentionDecodeConfig | None,
+    seq_lens: int,
+    plan: int,
+    plan_bytes: int,
+    batch: int,
+    q_len: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    window: int,
+    dtype: int,
+    device: int,
+    stream: int,
+) -> None: ...
 def paged_attention_decode(
+    config: PagedAttentionDecodeConfig | None,
     q: int,
     k_cache: int,
     v_cache: int,
     block_table: int,
     seq_lens: int,
+    sinks: int,
     out: int,
     lse: int,
+    plan: int,
+    plan_bytes: int,
     scratch: int,
     scratch_bytes: int,
     batch: int,
+    q_len: int,
     num_q_heads: int,
     num_kv_heads: int,
     head_dim: int,
@@ -211,6 +298,7 @@ def paged_attention_decode(
     block_table_stride: int,
     window: int,
     softmax_scale: float,
+    softcap: float,
     dtype: int,
     device: int,
     stream: int,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qsun_kernels.backends.dispatch import use_backend
-from qsun_kernels.backends.problems import PreparedWeight
+from qsun_kernels.backends.problems import AttentionPlan, PreparedWeight
 from qsun_kernels.errors import BackendUnavailable, KernelLaunchError
 from qsun_kernels.ops import (
     RopeParameters,
@@ -11,6 +11,7 @@ from qsun_kernels.ops import (
     dequantize,
     explain,
     paged_attention_decode,
+    plan_paged_attention,
     prepare_gate_up,
     prepare_weight,
     rms_norm,
@@ -23,6 +24,7 @@ from qsun_kernels.ops import (
 from qsun_kernels.quant import PackedWeight, QuantSpec, quantize_rtn
 
 __all__ = [
+    "AttentionPlan",
     "BackendUnavailable",
     "KernelLaunchError",
     "PackedWeight",
@@ -33,6 +35,7 @@ __all__ = [
     "dequantize",
     "explain",
     "paged_attention_decode",
+    "plan_paged_attention",
     "prepare_gate_up",
     "prepare_weight",
     "quantize_rtn",

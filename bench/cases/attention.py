@@ -17,9 +17,14 @@ from qsun_kernels.testing.inputs import zipf_lengths
 _BLOCK_SIZE = 16
 _CUDA_UNIFORM: tuple[tuple[int, int], ...] = (
     (1, 1024), (1, 8192), (1, 65536), (8, 1024), (8, 8192), (32, 1024), (32, 4096),
-    (64, 512), (64, 2048), (128, 1024), (256, 512), (128, 4096), (256, 2048),
+    (64, 512), (64, 2048), (128, 1024), (256, 512), (256, 2048), (1024, 128),
 )  # fmt: skip
-_CUDA_SKEWED: tuple[tuple[int, float, int], ...] = ((64, 1.0, 131072), (64, 1.5, 131072), (200, 1.2, 262144))
+# FlashAttention 3 of vLLM 0.24 has ended the CUDA context here, and with it what was still to be measured.
+_CUDA_LAST = ((128, 4096),)
+_CUDA_SKEWED: tuple[tuple[int, float, int], ...] = (
+    (64, 1.0, 131072), (64, 1.2, 131072), (64, 1.5, 131072), (200, 1.2, 262144),
+)  # fmt: skip
+_CUDA_ONE_LONG = ((64, 131072),)
 _CPU_UNIFORM = ((1, 1024), (8, 512))
 _CPU_SKEWED = ((16, 1.0, 8192),)
 
@@ -35,6 +40,7 @@ class AttentionOperands:
     v_cache: Tensor
     block_table: Tensor
     seq_lens: Tensor
+    q_heads: int
     softmax_scale: float
     window: int | None
 
@@ -48,6 +54,7 @@ class AttentionOperands:
             self.v_cache.clone(),
             self.block_table.clone(),
             self.seq_lens.clone(),
+            self.q_heads,
             self.softmax_scale,
             self.window,
         )
@@ -158,7 +165,9 @@ class AttentionCase:
         k_cache = torch.randn(shape_, device=device, generator=g, dtype=torch.float32).to(self.dtype)
         v_cache = torch.randn(shape_, device=device, generator=g, dtype=torch.float32).to(self.dtype)
         seq_lens = torch.tensor(self.seq_lens, dtype=torch.int32, device=device)
-        return AttentionOperands(k_cache, v_cache, table, seq_lens, self.head_dim**-0.5, self.window)
+        return AttentionOperands(
+            k_cache, v_cache, table, seq_lens, self.q_heads, self.head_dim**-0.5, self.window
+        )
 
     def activation(self, device: torch.device) -> Tensor:
         g = generator(device, "q", len(self.seq_lens), self.q_heads, self.head_dim)
@@ -171,21 +180,27 @@ def cases(selection: Selection) -> Sequence[AttentionCase]:
     on_cuda = selection.device.type == "cuda"
     names = selection.shapes or (("llama-3.1-8b",) if on_cuda else ("smollm2-135m",))
     uniform, skewed = (_CUDA_UNIFORM, _CUDA_SKEWED) if on_cuda else (_CPU_UNIFORM, _CPU_SKEWED)
+    one_long, last = (_CUDA_ONE_LONG, _CUDA_LAST) if on_cuda else ((), ())
     if selection.smoke:
-        names, uniform, skewed = (
+        names, uniform, skewed, one_long, last = (
             selection.shapes or ("smollm2-135m",),
             ((1, 300), (5, 129)),
             ((8, 1.0, 1000),),
+            ((4, 1000),),
+            (),
         )
     if selection.batches or selection.contexts:
         batches = selection.batches or (1,)
         contexts = selection.contexts or (1024,)
         uniform, skewed = tuple((b, c) for b in batches for c in contexts), ()
+        one_long, last = (), ()
     batches_of_lengths = [(f"{b}x{c}", (c,) * b) for b, c in uniform]
     batches_of_lengths += [
         (f"{b}-zipf{alpha:g}-{total}", tuple(zipf_lengths(torch.Generator().manual_seed(b), b, total, alpha)))
         for b, alpha, total in skewed
     ]
+    batches_of_lengths += [(f"{b}-onelong-{total}", _one_long(b, total)) for b, total in one_long]
+    batches_of_lengths += [(f"{b}x{c}", (c,) * b) for b, c in last]
     seen: set[object] = set()
     found: list[AttentionCase] = []
     for sizes in models(names):
@@ -197,6 +212,14 @@ def cases(selection: Selection) -> Sequence[AttentionCase]:
         for label, lengths in batches_of_lengths:
             found.append(AttentionCase(f"{heads}.{label}", lengths, *key, selection.dtype))
     return found
+
+
+def _one_long(batch: int, total: int) -> tuple[int, ...]:
+    """One request of half the tokens, the others of equal shares of the rest, in the middle of the batch."""
+    short = total // 2 // (batch - 1)
+    lengths = [short] * batch
+    lengths[batch // 2] = total - short * (batch - 1)
+    return tuple(lengths)
 
 
 SUITE = Suite(

@@ -27,12 +27,16 @@ class Prepared:
 
     run: activation -> result, the call that is timed. streamed: the tensors that the call reads from memory.
     oracle: what the result is judged by where the contender's format cannot hold the operands' values; None
-    means by the operands.
+    means by the operands. plan: makes anew what `run` was given of the operands' lengths, which a model does
+    once a step for all of its layers; it is timed apart. plans_on_host: it cannot be captured in a graph, so
+    what it takes is the host's time.
     """
 
     run: Callable[[Tensor], Tensor]
     streamed: tuple[Tensor, ...]
     oracle: Oracle | None = None
+    plan: Callable[[], object] | None = None
+    plans_on_host: bool = False
 
 
 class Peer(Protocol):

@@ -15,6 +15,7 @@ from qsun_bench.cases.wna16 import Wna16Operands
 from qsun_kernels.backends.problems import Wna16Problem
 
 _VLLM_LIBRARY = "_C_stable_libtorch.abi3.so"
+_FA3_LIBRARY = "vllm_flash_attn/_vllm_fa3_C.abi3.so"
 
 
 @cache
@@ -40,16 +41,28 @@ def missing_vllm(operator: str) -> str | None:
 
     The library alone is enough: vLLM's Python is neither needed nor imported.
     """
+    return _missing_operators(_VLLM_LIBRARY, torch.ops._C, (operator,))
+
+
+@cache
+def missing_fa3() -> str | None:
+    """Why FlashAttention 3 as vLLM builds it, `torch.ops._vllm_fa3_C`, cannot be called; None when it can."""
+    return _missing_operators(_FA3_LIBRARY, torch.ops._vllm_fa3_C, ("fwd", "get_scheduler_metadata"))
+
+
+def _missing_operators(library: str, namespace: Any, operators: tuple[str, ...]) -> str | None:
+    """Why not all operators can be called that vllm/LIBRARY registers in a namespace of torch.ops."""
     spec = importlib.util.find_spec("vllm")
     folders = [] if spec is None else list(spec.submodule_search_locations or ())
-    libraries = [path for folder in folders if (path := Path(folder) / _VLLM_LIBRARY).is_file()]
+    libraries = [path for folder in folders if (path := Path(folder) / library).is_file()]
     if not libraries:
-        return f"no vllm/{_VLLM_LIBRARY} on the path"
+        return f"no vllm/{library} on the path"
     try:
         torch.ops.load_library(str(libraries[0]))
     except Exception as error:
-        return f"{_VLLM_LIBRARY} does not load ({type(error).__name__}: {error})".splitlines()[0]
-    return None if hasattr(torch.ops._C, operator) else f"{_VLLM_LIBRARY} has no operator {operator}"
+        return f"{library} does not load ({type(error).__name__}: {error})".splitlines()[0]
+    missed = [operator for operator in operators if not hasattr(namespace, operator)]
+    return f"{library} has no operator {missed[0]}" if missed else None
 
 
 def vllm_scalar_type(bits: int, bias: int) -> int:

@@ -1,9 +1,11 @@
-// The operator: checks, the choice of how to cut the work, and the two launches.
+// The operator: checks, which kernel serves a call and how it is cut, and the launches.
 #include "qsun/paged_attention_decode.h"
 
 #include <algorithm>
 
+#include "attention/plan.h"
 #include "attention/split.h"
+#include "attention/tiles.h"
 #include "runtime/checks.h"
 #include "runtime/launch.h"
 
@@ -12,6 +14,7 @@ namespace qsun {
 std::string to_string(const PagedAttentionDecodeParams& p) {
   return Fields()
       .add("batch", p.batch)
+      .add("q_len", p.q_len)
       .add("num_q_heads", p.num_q_heads)
       .add("num_kv_heads", p.num_kv_heads)
       .add("head_dim", p.head_dim)
@@ -25,6 +28,17 @@ std::string to_string(const PagedAttentionDecodeParams& p) {
 
 std::string to_string(const PagedAttentionDecodeConfig& c) {
   return Fields()
+      .add("warps", c.warps)
+      .add("stages", c.stages)
+      .add("blocks_per_sm", c.blocks_per_sm)
+      .add("parts", c.parts)
+      .add("min_part_units", c.min_part_units)
+      .add("overlaps_producer", c.overlaps_producer)
+      .str();
+}
+
+std::string to_string(const PagedAttentionSplitConfig& c) {
+  return Fields()
       .add("head_tile", c.head_tile)
       .add("head_tiles", c.head_tiles)
       .add("lanes", c.lanes)
@@ -35,15 +49,20 @@ std::string to_string(const PagedAttentionDecodeConfig& c) {
 
 namespace {
 
-constexpr int64_t kBlocksPerSm = 4;       // what registers let run at once, about
-constexpr int64_t kMinPartTokens = 64;    // shorter parts cost more to combine than they save
-constexpr int64_t kMaxPartTokens = 4096;  // longer ones let one request outlast a batch of short ones
-constexpr int64_t kMaxTokens = 1 << 30;   // positions count in 32 bits on the device
-constexpr int64_t kMaxParts = 256;        // a thread of the combining kernel goes through all of them
+constexpr int64_t kMaxQLen = 8;
+constexpr int kMinStages = 2, kMaxStages = 4;
+constexpr int kMaxParts = 8192;            // of the planned kernel
+constexpr int kReservedBytes = 1024;       // of shared memory, by the driver for every block
+constexpr int64_t kSplitBlocksPerSm = 4;   // what registers let run at once, about
+constexpr int64_t kMinSplitTokens = 64;    // shorter parts cost more to combine than they save
+constexpr int64_t kMaxSplitTokens = 4096;  // longer ones let one request outlast a batch of short ones
+constexpr int64_t kMaxSplitParts = 256;    // a thread of the combining kernel goes through all of them
+constexpr int64_t kMaxCounters = 1 << 30;  // counted in 32 bits on the device
 
 Checks check_sizes(const PagedAttentionDecodeParams& p) {
   Checks checks;
   checks.known(p.dtype).at_least("batch", p.batch, 0).at_least("num_kv_heads", p.num_kv_heads, 1);
+  checks.at_least("q_len", p.q_len, 1).at_most("q_len", p.q_len, kMaxQLen);
   checks.at_least("num_q_heads", p.num_q_heads, 1);
   if (checks.ok()) checks.multiple_of("num_q_heads", p.num_q_heads, p.num_kv_heads);
   checks.at_least("head_dim", p.head_dim, 8).at_most("head_dim", p.head_dim, 256);
@@ -54,25 +73,100 @@ Checks check_sizes(const PagedAttentionDecodeParams& p) {
   checks.at_least("max_blocks", p.max_blocks, 0).at_least("num_blocks", p.num_blocks, 0);
   checks.at_most("max_blocks * block_size", p.max_blocks * p.block_size, kMaxTokens);
   checks.at_least("window", p.window, -1);
-  checks.at_most("batch * num_q_heads", p.batch * p.num_q_heads, kMaxGridX / kMaxParts);
+  checks.require(p.softcap >= 0.0f, "softcap", std::to_string(p.softcap), "above 0, or 0 for none");
+  checks.at_most("batch * q_len * num_q_heads", p.batch * p.q_len * p.num_q_heads,
+                 kMaxGridX / kMaxSplitParts);
   return checks;
 }
 
-Status check(const PagedAttentionDecodeParams& p) {
+// What a call that launches kernels needs besides.
+Checks check(const PagedAttentionDecodeParams& p) {
   Checks checks = check_sizes(p);
   if (p.batch > 0) {
     checks.not_null("q", p.q);
     if (p.num_blocks > 0) checks.not_null("k_cache", p.k_cache).not_null("v_cache", p.v_cache);
     checks.not_null("seq_lens", p.seq_lens).not_null("out", p.out).not_null("lse", p.lse);
     if (p.max_blocks > 0) checks.not_null("block_table", p.block_table);
-    checks.aligned("k_cache", p.k_cache, 16)
-        .aligned("v_cache", p.v_cache, 16)
-        .aligned("scratch", p.scratch, 16);
+    checks.aligned("k_cache", p.k_cache, 16).aligned("v_cache", p.v_cache, 16);
+    checks.aligned("scratch", p.scratch, 16).aligned("plan", p.plan, 16);
   }
-  return checks.status("paged_attention_decode", p);
+  return checks;
+}
+
+Checks check_config(const PagedAttentionDecodeParams& p, const PagedAttentionDecodeConfig& c) {
+  Checks checks;
+  checks.require(is_planned(p), "config", "given", "sizes that the planned kernel takes");
+  if (!checks.ok()) return checks;
+  checks.one_of("config.warps", c.warps, {4, 8});
+  checks.at_least("config.warps * 16", c.warps * kTileRows, query_rows(p));
+  checks.at_least("config.stages", c.stages, kMinStages).at_most("config.stages", c.stages, kMaxStages);
+  checks.at_least("config.parts", c.parts, 1).at_most("config.parts", c.parts, kMaxParts);
+  checks.at_least("config.min_part_units", c.min_part_units, 1);
+  return checks;
+}
+
+Checks check_plan(const PagedAttentionDecodeParams& p, const PagedAttentionDecodeConfig& config) {
+  Checks checks;
+  checks.at_least("plan_bytes", p.plan_bytes, paged_attention_plan_bytes(p, config));
+  return checks.not_null("plan", p.plan).aligned("plan", p.plan, 16);
+}
+
+Checks check_scratch(const PagedAttentionDecodeParams& p, int64_t needed) {
+  Checks checks;
+  checks.at_least("scratch_bytes", p.scratch_bytes, needed);
+  if (needed > 0) checks.not_null("scratch", p.scratch);
+  return checks;
+}
+
+int64_t split_scratch_bytes(const PagedAttentionDecodeParams& p, const PagedAttentionSplitConfig& c) {
+  if (c.num_parts == 1) return 0;
+  const int64_t values =
+      partial_lse_values(p, c) + p.batch * p.q_len * p.num_q_heads * c.num_parts * p.head_dim;
+  return values * static_cast<int64_t>(sizeof(float));
+}
+
+template <typename T>
+cudaError_t launch_tiles_of(const PagedAttentionDecodeParams& p, const PagedAttentionDecodeConfig& config) {
+  switch (p.head_dim) {
+    case 64:
+      return launch_paged_attention_tiles<T, 64>(p, config);
+    case 96:
+      return launch_paged_attention_tiles<T, 96>(p, config);
+    case 128:
+      return launch_paged_attention_tiles<T, 128>(p, config);
+    default:
+      return launch_paged_attention_tiles<T, 256>(p, config);
+  }
+}
+
+Status run_split(const PagedAttentionDecodeParams& p, const DeviceProps& props) {
+  const PagedAttentionSplitConfig config = choose_split(p, props);
+  if (Checks checks = check_scratch(p, split_scratch_bytes(p, config)); !checks.ok()) {
+    return checks.status("paged_attention_decode", p);
+  }
+  return run_on_device("paged_attention_decode", p, [&] {
+    const cudaError_t error = with_type(p.dtype, [&](auto tag) {
+      return launch_paged_attention_split<typename decltype(tag)::type>(p, config);
+    });
+    if (error != cudaSuccess || config.num_parts == 1) return error;
+    return launch_paged_attention_combine(p, config);
+  });
+}
+
+// The operator's own name for a failure to ask the device.
+Status props_of(const PagedAttentionDecodeParams& p, const char* op, DeviceProps* props) {
+  const Status status = device_props(p.device, props);
+  return status.ok() ? status : Status(status.code(), op, to_string(p), status.error());
 }
 
 }  // namespace
+
+bool is_planned(const PagedAttentionDecodeParams& p) {
+  const bool is_width = p.head_dim == 64 || p.head_dim == 96 || p.head_dim == 128 || p.head_dim == 256;
+  return size_of(p.dtype) == 2 && is_width && p.block_size >= kQuarterTokens &&
+         query_rows(p) <= kMaxQueryRows && p.batch <= kMaxPlannedBatch &&
+         p.batch * p.num_kv_heads <= kMaxCounters;
+}
 
 Status paged_attention_decode_sizes(const PagedAttentionDecodeParams& p) {
   return check_sizes(p).status("paged_attention_decode", p);
@@ -80,48 +174,100 @@ Status paged_attention_decode_sizes(const PagedAttentionDecodeParams& p) {
 
 PagedAttentionDecodeConfig choose(const PagedAttentionDecodeParams& p, const DeviceProps& props) {
   PagedAttentionDecodeConfig c;
+  c.warps = query_rows(p) > kQuarters * kTileRows ? 8 : 4;
+  // As many stages as let two blocks of four warps share a multiprocessor: one copies on while the other
+  // stores a result. Where two do not fit, one has the ring to itself.
+  const int head_dim = static_cast<int>(p.head_dim);
+  const int room = props.shared_memory_per_block + kReservedBytes;  // of a multiprocessor
+  const auto blocks_with = [&](int stages) {
+    return room / (tiles_shared_bytes(head_dim, stages) + kReservedBytes);
+  };
+  c.blocks_per_sm = c.warps == 4 && blocks_with(kMinStages + 1) >= 2 ? 2 : 1;
+  c.stages = kMaxStages;
+  while (c.stages > kMinStages && blocks_with(c.stages) < c.blocks_per_sm) --c.stages;
+  c.parts = std::min(c.blocks_per_sm * props.sm_count, kMaxParts);
+  c.overlaps_producer = props.compute_major >= 9;
+  return c;
+}
+
+PagedAttentionSplitConfig choose_split(const PagedAttentionDecodeParams& p, const DeviceProps& props) {
+  PagedAttentionSplitConfig c;
   const int64_t group = p.num_q_heads / p.num_kv_heads;
   c.head_tile = group <= 1 ? 1 : group <= 4 ? 4 : 8;
   c.head_tiles = static_cast<int>(ceil_div(group, c.head_tile));
   c.lanes = p.head_dim <= 64 ? 8 : p.head_dim <= 128 ? 16 : 32;
-  const int64_t whole =
-      std::max<int64_t>(p.batch * p.num_kv_heads * c.head_tiles, 1);  // blocks without cutting
+  const int64_t whole = std::max<int64_t>(p.batch * p.q_len * p.num_kv_heads * c.head_tiles,
+                                          1);  // blocks without cutting
   const int64_t room = p.max_blocks * p.block_size;
   const int64_t tokens = p.window >= 0 ? std::min(p.window, room) : room;
   const int64_t wanted =
-      std::max(ceil_div(kBlocksPerSm * props.sm_count, whole), ceil_div(tokens, kMaxPartTokens));
-  const int64_t useful = std::clamp<int64_t>(ceil_div(tokens, kMinPartTokens), 1, kMaxParts);
+      std::max(ceil_div(kSplitBlocksPerSm * props.sm_count, whole), ceil_div(tokens, kMaxSplitTokens));
+  const int64_t useful = std::clamp<int64_t>(ceil_div(tokens, kMinSplitTokens), 1, kMaxSplitParts);
   c.num_parts = static_cast<int>(std::min(wanted, useful));
-  c.grid = p.batch * p.num_kv_heads * c.head_tiles * c.num_parts;
+  c.grid = p.batch * p.q_len * p.num_kv_heads * c.head_tiles * c.num_parts;
   return c;
 }
 
+int64_t paged_attention_plan_bytes(const PagedAttentionDecodeParams& p,
+                                   const PagedAttentionDecodeConfig& config) {
+  return is_planned(p) ? plan_bytes(p, config) : 0;
+}
+
+int64_t paged_attention_plan_bytes(const PagedAttentionDecodeParams& p, const DeviceProps& props) {
+  return paged_attention_plan_bytes(p, choose(p, props));
+}
+
+int64_t paged_attention_decode_scratch_bytes(const PagedAttentionDecodeParams& p,
+                                             const PagedAttentionDecodeConfig& config) {
+  const int64_t slots = int64_t{2} * config.parts;
+  return (partial_lse_floats(p, config) + slots * query_rows(p) * p.head_dim) *
+         static_cast<int64_t>(sizeof(float));
+}
+
 int64_t paged_attention_decode_scratch_bytes(const PagedAttentionDecodeParams& p, const DeviceProps& props) {
-  const PagedAttentionDecodeConfig c = choose(p, props);
-  if (c.num_parts == 1) return 0;
-  const int64_t values = partial_lse_values(p, c) + p.batch * p.num_q_heads * c.num_parts * p.head_dim;
-  return values * static_cast<int64_t>(sizeof(float));
+  if (is_planned(p)) return paged_attention_decode_scratch_bytes(p, choose(p, props));
+  return split_scratch_bytes(p, choose_split(p, props));
+}
+
+Status plan_paged_attention(const PagedAttentionDecodeParams& p) {
+  Checks checks = check_sizes(p);
+  if (checks.ok() && p.batch == 0) return {};
+  checks.not_null("seq_lens", p.seq_lens);
+  if (!checks.ok()) return checks.status("plan_paged_attention", p);
+  DeviceProps props;
+  if (Status status = props_of(p, "plan_paged_attention", &props); !status.ok()) return status;
+  return plan_paged_attention(p, choose(p, props));
+}
+
+Status plan_paged_attention(const PagedAttentionDecodeParams& p, const PagedAttentionDecodeConfig& config) {
+  Checks checks = check_sizes(p);
+  if (checks.ok() && p.batch == 0) return {};
+  checks.not_null("seq_lens", p.seq_lens);
+  if (checks.ok()) checks = check_config(p, config);
+  if (checks.ok()) checks = check_plan(p, config);
+  if (!checks.ok()) return checks.status("plan_paged_attention", p);
+  return run_on_device("plan_paged_attention", p, [&] { return launch_plan_paged_attention(p, config); });
 }
 
 Status paged_attention_decode(const PagedAttentionDecodeParams& p) {
-  if (Status status = check(p); !status.ok()) return status;
+  if (Checks checks = check(p); !checks.ok()) return checks.status("paged_attention_decode", p);
   if (p.batch == 0) return {};
   DeviceProps props;
-  if (Status status = device_props(p.device, &props); !status.ok()) {
-    return {status.code(), "paged_attention_decode", to_string(p), status.error()};
-  }
-  Checks checks;
-  const int64_t needed = paged_attention_decode_scratch_bytes(p, props);
-  checks.at_least("scratch_bytes", p.scratch_bytes, needed);
-  if (needed > 0) checks.not_null("scratch", p.scratch);
+  if (Status status = props_of(p, "paged_attention_decode", &props); !status.ok()) return status;
+  return is_planned(p) ? paged_attention_decode(p, choose(p, props)) : run_split(p, props);
+}
+
+Status paged_attention_decode(const PagedAttentionDecodeParams& p, const PagedAttentionDecodeConfig& config) {
+  Checks checks = check(p);
+  if (checks.ok() && p.batch == 0) return {};
+  if (checks.ok()) checks = check_config(p, config);
+  if (checks.ok()) checks = check_plan(p, config);
+  checks.aligned("q", p.q, 4).multiple_of("q_stride", p.q_stride, 2).aligned("out", p.out, 8);
+  if (checks.ok()) checks = check_scratch(p, paged_attention_decode_scratch_bytes(p, config));
   if (!checks.ok()) return checks.status("paged_attention_decode", p);
   return run_on_device("paged_attention_decode", p, [&] {
-    const PagedAttentionDecodeConfig config = choose(p, props);
-    const cudaError_t error = with_type(p.dtype, [&](auto tag) {
-      return launch_paged_attention_split<typename decltype(tag)::type>(p, config);
-    });
-    if (error != cudaSuccess || config.num_parts == 1) return error;
-    return launch_paged_attention_combine(p, config);
+    if (p.dtype == DType::kFloat16) return launch_tiles_of<__half>(p, config);
+    return launch_tiles_of<__nv_bfloat16>(p, config);
   });
 }
 

@@ -1,7 +1,8 @@
-// Attention of one query token a request over one part of its positions.
+// Attention of one query token over one part of its positions, for what the planned kernel (tiles.cuh) does
+// not take: float32, other head widths, blocks of 8.
 //
-//   grid      (request, key head, tile of the query heads that share it, part)
-//   part      num_parts equal pieces of the request's positions, cut on the device from its length
+//   grid      (query token, key head, tile of the query heads that share it, part)
+//   part      num_parts equal pieces of the token's positions, cut on the device from its length
 //   block     kWarps warps; kLanes lanes share a position, each with 8 elements of head_dim in 16-byte loads:
 //
 //             position   t0   t0+1  ...                 each lane keeps q, and sums of p * v, for its 8
@@ -100,22 +101,25 @@ __global__ void __launch_bounds__(kThreads, 1) paged_attention_split_kernel(Spli
   __shared__ float smem_out[kWarps][kHeads][kPaddedDim];
   const PagedAttentionDecodeParams& p = a.p;
 
-  // Block: request, key head, query heads, part
+  // Block: query token, key head, query heads, part
   const int head_dim = static_cast<int>(p.head_dim);
   const int part = static_cast<int>(blockIdx.x % a.num_parts);
   const int head_tile = static_cast<int>(blockIdx.x / a.num_parts % a.head_tiles);
-  const int64_t request_head = blockIdx.x / a.num_parts / a.head_tiles;
-  const int64_t kv_head = request_head % p.num_kv_heads;
-  const int64_t request = request_head / p.num_kv_heads;
+  const int64_t token_head = blockIdx.x / a.num_parts / a.head_tiles;
+  const int64_t kv_head = token_head % p.num_kv_heads;
+  const int64_t query = token_head / p.num_kv_heads;
+  const int64_t request = query / p.q_len;
   const int64_t first_head = kv_head * a.group + head_tile * kHeads;
   const int num_heads = min(kHeads, a.group - head_tile * kHeads);
-  const int length = max(load_element(p.seq_lens + request), 0);
-  trap_unless(length <= p.max_blocks << a.block_log2);
+  const int seq_len = load_element(p.seq_lens + request);
+  trap_unless(seq_len <= p.max_blocks << a.block_log2);
+  const int later = static_cast<int>(p.q_len - 1 - query % p.q_len);  // query tokens behind this one
+  const int length = max(max(seq_len, 0) - later, 0);  // positions up to this query token's own
   const Range range = range_of_part(a, length, part, kTokens);
   const bool is_whole = a.num_parts == 1;
   if (range.first >= range.last && !is_whole) {
     if (static_cast<int>(threadIdx.x) < num_heads) {
-      a.partial.lse[(request * p.num_q_heads + first_head + threadIdx.x) * a.num_parts + part] = -INFINITY;
+      a.partial.lse[(query * p.num_q_heads + first_head + threadIdx.x) * a.num_parts + part] = -INFINITY;
     }
     return;
   }
@@ -131,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, 1) paged_attention_split_kernel(Spli
   float q[kHeads][kPiece];
 #pragma unroll
   for (int h = 0; h < kHeads; ++h) {
-    const T* source = static_cast<const T*>(p.q) + request * p.q_stride + (first_head + h) * head_dim + d;
+    const T* source = static_cast<const T*>(p.q) + query * p.q_stride + (first_head + h) * head_dim + d;
 #pragma unroll
     for (int i = 0; i < kPiece; ++i) q[h][i] = 0.0f;
     if (h < num_heads && has_elements) {
@@ -195,6 +199,7 @@ __global__ void __launch_bounds__(kThreads, 1) paged_attention_split_kernel(Spli
 #pragma unroll
         for (int i = 0; i < kPiece; ++i) dot = fmaf(q[h][i], to_float(k[j].data[i]), dot);
         dot = lanes_sum<kLanes>(dot) * p.softmax_scale;
+        if (p.softcap > 0.0f) dot = p.softcap * tanhf(dot / p.softcap);
         scores[h][j] = inside ? dot : -INFINITY;
       }
     }
@@ -250,10 +255,12 @@ __global__ void __launch_bounds__(kThreads, 1) paged_attention_split_kernel(Spli
   for (int at = threadIdx.x; at < num_heads * head_dim; at += kThreads) {
     const int h = at / head_dim;
     const int element = at % head_dim;
-    float maximum = -INFINITY;
+    const bool has_sink = is_whole && p.sinks != nullptr;  // with several parts the other kernel adds it
+    const float sink = has_sink ? load_element(p.sinks + first_head + h) : -INFINITY;
+    float maximum = sink;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) maximum = fmaxf(maximum, smem_maximum[w][h]);
-    float sum = 0.0f;
+    float sum = expf(sink - reference_of(maximum));
     float value = 0.0f;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
@@ -262,7 +269,7 @@ __global__ void __launch_bounds__(kThreads, 1) paged_attention_split_kernel(Spli
       value += smem_out[w][h][element] * weight;
     }
     value = sum == 0.0f ? 0.0f : value / sum;
-    const int64_t row = request * p.num_q_heads + first_head + h;
+    const int64_t row = query * p.num_q_heads + first_head + h;
     const float lse = log_sum(maximum, sum);
     if (is_whole) {
       static_cast<T*>(p.out)[row * head_dim + element] = from_float<T>(value);
@@ -275,7 +282,7 @@ __global__ void __launch_bounds__(kThreads, 1) paged_attention_split_kernel(Spli
 }
 
 template <typename T, int kLanes, int kHeads>
-cudaError_t launch_instance(const PagedAttentionDecodeParams& p, const PagedAttentionDecodeConfig& config) {
+cudaError_t launch_instance(const PagedAttentionDecodeParams& p, const PagedAttentionSplitConfig& config) {
   SplitArguments a{};
   a.p = p;
   a.partial = partial_results(p, config);
@@ -289,7 +296,7 @@ cudaError_t launch_instance(const PagedAttentionDecodeParams& p, const PagedAtte
 }
 
 template <typename T, int kLanes>
-cudaError_t launch_lanes(const PagedAttentionDecodeParams& p, const PagedAttentionDecodeConfig& config) {
+cudaError_t launch_lanes(const PagedAttentionDecodeParams& p, const PagedAttentionSplitConfig& config) {
   switch (config.head_tile) {
     case 1:
       return launch_instance<T, kLanes, 1>(p, config);
@@ -301,7 +308,7 @@ cudaError_t launch_lanes(const PagedAttentionDecodeParams& p, const PagedAttenti
 }
 
 template <typename T>
-cudaError_t launch_split(const PagedAttentionDecodeParams& p, const PagedAttentionDecodeConfig& config) {
+cudaError_t launch_split(const PagedAttentionDecodeParams& p, const PagedAttentionSplitConfig& config) {
   switch (config.lanes) {
     case 8:
       return launch_lanes<T, 8>(p, config);

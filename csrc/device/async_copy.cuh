@@ -22,6 +22,14 @@ __device__ __forceinline__ void copy_async_streamed(uint32_t shared, const void*
                : "memory");
 }
 
+// The same for the first `bytes` (0 to 16); fills the rest with zeros and reads nothing past `bytes`.
+__device__ __forceinline__ void copy_async_streamed_or_zero(uint32_t shared, const void* global, int bytes,
+                                                            uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared), "l"(global),
+               "r"(bytes), "l"(policy)
+               : "memory");
+}
+
 // Copies the first `bytes` (0 to 16) of 16 bytes and fills the rest with zeros; reads nothing past `bytes`.
 __device__ __forceinline__ void copy_async_or_zero(uint32_t shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes)

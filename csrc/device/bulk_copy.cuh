@@ -12,9 +12,19 @@
 
 #include "device/shared.cuh"
 
+// Whether the code being compiled may use any of this.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define QSUN_HAS_COPY_ENGINE 0
+#else
+#define QSUN_HAS_COPY_ENGINE 1
+#endif
+
 namespace qsun {
 
 // ---- barriers
+
+// Orders this thread's own reads and writes of shared memory before copies of the engine that follow.
+__device__ __forceinline__ void order_before_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 // A phase takes `arrivals` arrivals.
 __device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {
@@ -34,23 +44,6 @@ __device__ __forceinline__ void arrive_expecting(uint32_t barrier, int bytes) {
 
 __device__ __forceinline__ void arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// The address of `shared` in block `rank` of the cluster, for load_from_cluster().
-__device__ __forceinline__ uint32_t address_in_block(uint32_t shared, int rank) {
-  uint32_t address;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared), "r"(rank));
-  return address;
-}
-
-// After a cluster_barrier() that follows the writes. Address aligned to 16.
-__device__ __forceinline__ float4 load_from_cluster(uint32_t address) {
-  float4 value;
-  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
-               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
-               : "r"(address)
-               : "memory");
-  return value;
 }
 
 __device__ __forceinline__ bool phase_has_ended(uint32_t barrier, uint32_t parity) {
@@ -73,27 +66,6 @@ __device__ __forceinline__ void wait_for_phase(uint32_t barrier, uint32_t parity
 // Waits for `threads` threads of the block, whole warps, that call it with the same number (1 to 15).
 __device__ __forceinline__ void named_barrier(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
-}
-
-// ---- clusters
-
-__device__ __forceinline__ int rank_in_cluster() {
-  int rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-// Which cluster of the grid's first dimension.
-__device__ __forceinline__ int cluster_index() {
-  int index;
-  asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
-  return index;
-}
-
-// Waits for every thread of the cluster, as cluster_barrier() does, but passes nothing on except published
-// barriers: ordering writes takes a fence of the whole device.
-__device__ __forceinline__ void meet_cluster() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
 // ---- copies

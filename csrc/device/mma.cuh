@@ -43,4 +43,12 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t row_add
                : "memory");
 }
 
+// The same with each matrix transposed: r[i] holds the elements g of rows 2t, 2t+1 of matrix i.
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint32_t row_address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row_address)
+               : "memory");
+}
+
 }  // namespace qsun

@@ -74,6 +74,12 @@ __device__ __forceinline__ Vector<T, kSize> load_readonly(const T* source) {
   return result;
 }
 
+// One element past the L1, which does not see what other blocks write while the kernel runs.
+template <typename T>
+__device__ __forceinline__ T load_past_l1(const T* source) {
+  return __ldcg(source);
+}
+
 // Writes a vector at `target`, aligned as for load.
 template <typename T, int kSize>
 __device__ __forceinline__ void store(T* target, const Vector<T, kSize>& value) {

@@ -1,16 +1,14 @@
 // Which tile of the kernel in gemm_sm90.cuh a problem gets: that of the most similar problem in a table of
-// measured ones (gemm_sm90_table.py).
+// measured ones (choices.h).
 #include "wna16/gemm_sm90.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <iterator>
 
 #include "runtime/alignment.h"
 #include "runtime/launch.h"
 #include "runtime/text.h"
-#include "wna16/gemm_sm90_table.h"
+#include "wna16/choices.h"
 
 namespace qsun {
 
@@ -29,15 +27,9 @@ namespace {
 
 constexpr int kReservedBytes = 1024;  // of shared memory, by the system, a block
 constexpr int kMaxStages = 8;
-constexpr int64_t kMostMeasuredTokens = 256;
 
 int64_t num_blocks(const Wna16PanelsParams& p, const GemmConfig& c) {
   return ceil_div(ceil_div(p.N, kBlockRows), c.warp_groups) * ceil_div(p.M, c.token_tile) * c.split_k;
-}
-
-// How far two sizes are apart: powers of two.
-double distance(int64_t a, int64_t b) {
-  return std::abs(std::log2(static_cast<double>(a) / static_cast<double>(b)));
 }
 
 }  // namespace
@@ -65,15 +57,7 @@ GemmConfig choose_gemm(const Wna16PanelsParams& p, const DeviceProps& props) {
     }
     return with_stages(c, p, props);
   }
-  // The measured matrix that is most like this one, at the next number of tokens.
-  const GemmMeasured* best = nullptr;
-  double best_distance = 0;
-  for (const GemmMeasured& one : kGemmMeasured) {
-    if (one.M < p.M) continue;
-    // Tokens count for little, but decide between entries of one matrix.
-    const double far = distance(one.K, p.K) + distance(one.N, p.N) + 1e-3 * distance(one.M, p.M);
-    if (best == nullptr || far < best_distance) best = &one, best_distance = far;
-  }
+  const GemmMeasured* best = most_similar(kGemmMeasured, p);
   c.token_tile = best->token_tile, c.warp_groups = best->warp_groups;
   c.split_k = static_cast<int>(std::min<int64_t>(best->split_k, p.column_blocks));
   return with_stages(c, p, props);

@@ -2,7 +2,7 @@
 //
 //   a block: 64 * kWarpGroups weight rows x kTokens tokens of out^T
 //
-//                 columns, blocks of 128, split over split_k blocks of a cluster
+//                 columns, blocks of 128, split over split_k blocks
 //               | b0 | b1 | b2 | ...                      x^T: kTokens rows of 2 x 64 columns
 //   warp group 0|    |    |    |   64 rows                +---+---+---
 //   warp group 1|    |    |    |   64 rows          b0 -> | h0| h1|
@@ -18,17 +18,15 @@
 // the 256 weights of a warp's product. All else is kept out of the loop: a stage has one barrier to wait at
 // and one to release, and what can be is a constant.
 //
-// Weights do not depend on the kernel before: their ring is filled before wait_for_producers(). The sums of a
-// cluster's blocks are added through shared memory in a fixed order.
+// Weights do not depend on the kernel before: their ring is filled before wait_for_producers(). Blocks that
+// split the columns leave their sums to a second kernel (add_parts.cu), which starts early like all others.
 #pragma once
 
 #include <iterator>
 #include <type_traits>
 
-#include "device/activation.cuh"
 #include "device/async_copy.cuh"
 #include "device/bulk_copy.cuh"
-#include "device/cluster.cuh"
 #include "device/dependent_launch.cuh"
 #include "device/dtype.cuh"
 #include "device/panel_codes.cuh"
@@ -38,7 +36,9 @@
 #include "runtime/launch.h"
 #include "runtime/tensor_map.h"
 #include "wna16/gemm_sm90.h"
+#include "wna16/outputs.cuh"
 #include "wna16/panels.h"
+#include "wna16/parts.h"
 
 namespace qsun {
 namespace {
@@ -46,7 +46,6 @@ namespace {
 constexpr int kWarpLanes = 32;
 constexpr int kGroupWarps = 4;  // of a warp group
 constexpr int kGroupThreads = kGroupWarps * kWarpLanes;
-constexpr int kUnit = 8;  // neighbouring elements of out that a thread writes at once
 
 // One thread of the last warp, or warp group, copies. A warp costs the registers of one more in a quarter of
 // the multiprocessor; where that is too much, a whole group that gives its registers to the others.
@@ -67,16 +66,16 @@ constexpr int kXBytes = kTokens * kBlockColumns * 2;  // of a stage
 // More take registers that the blocks beside one another (gemm_blocks_per_sm) do not leave.
 template <int kBits, int kTokens>
 constexpr int kGroupSteps =
-    kTokens == 32 || kTokens == 96 || kTokens == 128 || (kBits == 8 && kTokens < 128) ? 2 : 4;
+    kTokens <= 32 || kTokens == 96 || kTokens == 128 || (kBits == 8 && kTokens < 128) ? 2 : 4;
 
 struct GemmArguments {
   Wna16PanelsParams p;
   int tile_bytes;
   int block_bytes;
   int row_blocks;
-  int split_k;
-  int part_blocks;  // column blocks of each of the split_k parts;
-  int extra_parts;  // the first ones have one more
+  bool is_split;
+  EvenShares column_ranges;  // column blocks over the splits
+  int64_t parts_row;         // floats of a token's row of sums in scratch
   int stages;
   int barrier_offset;
   int scale_offsets[4];  // bytes from a row's first scale to that of 32 columns; half of it for zero points
@@ -88,19 +87,23 @@ struct GemmArguments {
 
 // What this block computes.
 struct Place {
-  int rank;               // in the cluster: which part of the columns
+  int split;              // which part of the columns
   int row_block;          // its first
   int token;              // its first
-  int column_block;       // its first
+  int column_block;       // the first of its part
   int num_column_blocks;  // at least one
+  int rotation;           // where in its part it begins
 
-  // Clusters with the same rows of the weight are neighbours: they read it from memory once.
+  // Blocks with the same rows of the weight are neighbours: they read it from memory once.
   __device__ __forceinline__ Place(const GemmArguments& a, int warp_groups, int tokens) {
-    rank = a.split_k > 1 ? rank_in_cluster() : 0;
+    split = static_cast<int>(blockIdx.z);
     row_block = static_cast<int>(blockIdx.y) * warp_groups;
-    token = (a.split_k > 1 ? cluster_index() : static_cast<int>(blockIdx.x)) * tokens;
-    column_block = a.part_blocks * rank + min(rank, a.extra_parts);
-    num_column_blocks = a.part_blocks + (rank < a.extra_parts ? 1 : 0);
+    token = static_cast<int>(blockIdx.x) * tokens;
+    column_block = a.column_ranges.begin(split);
+    num_column_blocks = a.column_ranges.begin(split + 1) - column_block;
+    // Blocks that run at once begin at different columns: all reading the same x at the same time would have
+    // the few slices of the L2 that hold it answer one after another.
+    rotation = static_cast<int>(blockIdx.y) % num_column_blocks;
   }
 };
 
@@ -126,7 +129,9 @@ struct Copies {
   const Memory& memory;
   uint64_t policy;
   const uint8_t* sources[kWarpGroups];  // next block of each row block
-  int column, token;                    // of x: next, first
+  int weights_left;                     // blocks up to the end of the part, where the order begins anew
+  int first_column, column, end_column, token;  // of x
+  int part_bytes;
 
   __device__ __forceinline__ Copies(const GemmArguments& a, const CUtensorMap* x_map, const Place& place,
                                     const Memory& memory)
@@ -135,9 +140,14 @@ struct Copies {
     for (int i = 0; i < kWarpGroups; ++i) {
       // Past the last row: any rows, whose sums are not stored.
       const int64_t row_block = min(place.row_block + i, a.row_blocks - 1);
-      sources[i] = a.p.panels + (row_block * a.p.column_blocks + place.column_block) * a.block_bytes;
+      sources[i] =
+          a.p.panels + (row_block * a.p.column_blocks + place.column_block + place.rotation) * a.block_bytes;
     }
-    column = place.column_block * kBlockColumns;
+    weights_left = place.num_column_blocks - place.rotation;
+    part_bytes = place.num_column_blocks * a.block_bytes;
+    first_column = place.column_block * kBlockColumns;
+    column = first_column + place.rotation * kBlockColumns;
+    end_column = first_column + place.num_column_blocks * kBlockColumns;
     token = place.token;
   }
 
@@ -155,6 +165,10 @@ struct Copies {
       sources[i] += a.block_bytes;
       target += a.block_bytes;
     }
+    if (--weights_left == 0) {
+#pragma unroll
+      for (int i = 0; i < kWarpGroups; ++i) sources[i] -= part_bytes;
+    }
   }
 
   __device__ __forceinline__ void x(int stage) {
@@ -164,6 +178,7 @@ struct Copies {
     copy_box(target, x_map, column, token, full);
     copy_box(target + kXBytes<kTokens> / 2, x_map, column + kBoxColumns, token, full);
     column += kBlockColumns;
+    if (column == end_column) column = first_column;
   }
 
   // From the second round on, each stage when the warps have released it.
@@ -354,54 +369,25 @@ __device__ __forceinline__ void stage_sums(const float (&sums)[kTokens / 2], flo
   }
 }
 
-// Adds the eight sums at `staged` of all blocks that share the columns, in their order. Those of four blocks
-// are on their way at a time: one takes as long as four.
-__device__ __forceinline__ void add_parts(int split_k, const float* staged, float (&values)[kUnit]) {
-  constexpr int kAtOnce = 4;
-  if (split_k == 1) {
-    const float4 low = *reinterpret_cast<const float4*>(staged);
-    const float4 high = *reinterpret_cast<const float4*>(staged + 4);
-    values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
-    values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
-    return;
-  }
+// Leaves the sums to the kernel that adds those of all splits.
+template <int kTokens>
+__device__ __forceinline__ void leave_sums(const GemmArguments& a, const Place& place,
+                                           const float (&sums)[kTokens / 2], int warp, int lane) {
+  const int row_block = place.row_block + warp / kGroupWarps;
+  if (row_block >= a.row_blocks) return;
+  const int64_t row =
+      static_cast<int64_t>(row_block) * kBlockRows + warp % kGroupWarps * kTileRows + lane / 4;
+  float* target = static_cast<float*>(a.p.scratch) +
+                  (place.split * a.p.M + place.token + lane % 4 * 2) * a.parts_row + row;
+  int tokens = static_cast<int>(min(a.p.M - place.token, static_cast<int64_t>(kTokens))) - lane % 4 * 2;
 #pragma unroll
-  for (int i = 0; i < kUnit; ++i) values[i] = 0.0f;
-  const uint32_t own = shared_address(staged);
-#pragma unroll 1
-  for (int first = 0; first < split_k; first += kAtOnce) {
-    float4 low[kAtOnce] = {}, high[kAtOnce] = {};
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (first + i < split_k) {
-        const uint32_t part = address_in_block(own, first + i);
-        low[i] = load_from_cluster(part), high[i] = load_from_cluster(part + 16);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      values[0] += low[i].x, values[1] += low[i].y, values[2] += low[i].z, values[3] += low[i].w;
-      values[4] += high[i].x, values[5] += high[i].y, values[6] += high[i].z, values[7] += high[i].w;
-    }
+  for (int j = 0; j < kTokens / 8; ++j, tokens -= 8, target += 8 * a.parts_row) {
+    if (tokens > 0) target[0] = sums[4 * j], target[8] = sums[4 * j + 2];
+    if (tokens > 1) target[a.parts_row] = sums[4 * j + 1], target[a.parts_row + 8] = sums[4 * j + 3];
   }
 }
 
-// Adds up to eight elements at `source` to the values.
-template <typename T>
-__device__ __forceinline__ void add_elements(const T* source, int count, bool wide, float (&values)[kUnit]) {
-  if (wide && count == kUnit) {
-    const Vector<T, kUnit> loaded = load<kUnit>(source);
-#pragma unroll
-    for (int i = 0; i < kUnit; ++i) values[i] += to_float(loaded.data[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kUnit; ++i) {
-      if (i < count) values[i] += to_float(source[i]);
-    }
-  }
-}
-
-// Writes this block's share of the cluster's tile of out.
+// Writes this block's tile of out.
 template <typename T, int kTokens, int kWarpGroups>
 __device__ __forceinline__ void store_tile(const GemmArguments& a, const Place& place, const float* staged,
                                            int thread) {
@@ -409,43 +395,22 @@ __device__ __forceinline__ void store_tile(const GemmArguments& a, const Place& 
   const int group_units_log2 = a.p.gate_up ? 2 : 3;
   const int token_units_log2 = group_units_log2 + (kWarpGroups == 4 ? 2 : kWarpGroups == 2 ? 1 : 0);
   const int64_t columns = a.p.gate_up ? a.p.N / 2 : a.p.N;
+  const int64_t first_row = static_cast<int64_t>(place.row_block) * kBlockRows;
   const int64_t first_column = (static_cast<int64_t>(place.row_block) << group_units_log2) * kUnit;
   const int tokens = static_cast<int>(min(a.p.M - place.token, static_cast<int64_t>(kTokens)));
   constexpr int kThreads = kWarpGroups * kGroupThreads;
 
-  for (int u = place.rank * kThreads + thread; u < tokens << token_units_log2; u += a.split_k * kThreads) {
+  for (int u = thread; u < tokens << token_units_log2; u += kThreads) {
     const int token = u >> token_units_log2, unit = u & ((1 << token_units_log2) - 1);
     const int64_t n = first_column + unit * kUnit;
     const int count = static_cast<int>(min(columns - n, static_cast<int64_t>(kUnit)));
     if (count <= 0) continue;
-    const int warp_group = unit >> group_units_log2;
-    const int row = (unit & ((1 << group_units_log2) - 1)) << (6 - group_units_log2);
-    const float* source = staged + (warp_group * kTokens + token) * kStagedRow + row;
-    float values[kUnit];
-    add_parts(a.split_k, source, values);
-    if (a.p.gate_up) {
-      float up[kUnit];
-      add_parts(a.split_k, source + kUnit, up);
-#pragma unroll
-      for (int i = 0; i < kUnit; ++i) values[i] = silu(values[i]) * up[i];
-    }
-    const int64_t m = static_cast<int64_t>(place.token) + token;
-    if (a.p.bias != nullptr) add_elements(static_cast<const T*>(a.p.bias) + n, count, a.wide, values);
-    if (a.p.residual != nullptr) {
-      add_elements(static_cast<const T*>(a.p.residual) + m * a.p.residual_stride + n, count, a.wide, values);
-    }
-    T* out = static_cast<T*>(a.p.out) + m * a.p.out_stride + n;
-    Vector<T, kUnit> rounded;
-#pragma unroll
-    for (int i = 0; i < kUnit; ++i) rounded.data[i] = from_float<T>(values[i]);
-    if (a.wide && count == kUnit) {
-      store(out, rounded);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kUnit; ++i) {
-        if (i < count) out[i] = rounded.data[i];
-      }
-    }
+    write_unit<T>(a.p, a.wide, static_cast<int64_t>(place.token) + token, n, count,
+                  [&](int64_t row, float (&values)[kUnit]) {
+                    const int own = static_cast<int>(row - first_row);
+                    read_sums(staged + (own / kBlockRows * kTokens + token) * kStagedRow + own % kBlockRows,
+                              values);
+                  });
   }
 }
 
@@ -492,11 +457,6 @@ __global__ void __launch_bounds__(kGemmThreads<kBits, kTokens, kWarpGroups>,
       }
       copies.rest(place.num_column_blocks);
     }
-    __syncwarp();
-    if (a.split_k > 1) {
-      meet_cluster();  // the two barriers of the other branch
-      meet_cluster();
-    }
   } else {
     if constexpr (kCopyWarps<kBits, kTokens> == kGroupWarps)
       take_registers<kProductRegisters<kTokens, kWarpGroups>>();
@@ -514,18 +474,14 @@ __global__ void __launch_bounds__(kGemmThreads<kBits, kTokens, kWarpGroups>,
     }
     wait_for_producers();  // long over: orders this thread's own reads and writes
 
-    float* staged = reinterpret_cast<float*>(dynamic_shared());
-    named_barrier(1, kWarps * kWarpLanes);  // the stages have been read
-    stage_sums<kTokens>(sums, staged, warp, lane);
-    if (a.split_k > 1) {
-      cluster_barrier();
+    if (a.is_split) {
+      leave_sums<kTokens>(a, place, sums, warp, lane);
     } else {
+      float* staged = reinterpret_cast<float*>(dynamic_shared());
+      named_barrier(1, kWarps * kWarpLanes);  // the stages have been read
+      stage_sums<kTokens>(sums, staged, warp, lane);
       named_barrier(1, kWarps * kWarpLanes);
-    }
-    store_tile<T, kTokens, kWarpGroups>(a, place, staged, static_cast<int>(threadIdx.x));
-    if (a.split_k > 1) {
-      __syncwarp();
-      meet_cluster();  // this block's sums have been read
+      store_tile<T, kTokens, kWarpGroups>(a, place, staged, static_cast<int>(threadIdx.x));
     }
   }
 #else
@@ -540,9 +496,9 @@ cudaError_t launch_tile(const Wna16PanelsParams& p, const GemmConfig& config) {
   a.tile_bytes = tile_bytes(p.bits, p.groups_per_block, p.has_zeros);
   a.block_bytes = block_bytes(p.bits, p.groups_per_block, p.has_zeros);
   a.row_blocks = static_cast<int>(ceil_div(p.N, kBlockRows));
-  a.split_k = config.split_k;
-  a.part_blocks = static_cast<int>(p.column_blocks / config.split_k);
-  a.extra_parts = static_cast<int>(p.column_blocks % config.split_k);
+  a.is_split = config.split_k > 1;
+  a.column_ranges = EvenShares(static_cast<int>(p.column_blocks), config.split_k);
+  a.parts_row = padded_rows(p.N);
   a.stages = config.stages;
   a.barrier_offset = gemm_barrier_offset(config, a.block_bytes);
   for (int i = 0; i < 4; ++i) a.scale_offsets[i] = i * p.groups_per_block / 4 * 4;
@@ -557,11 +513,13 @@ cudaError_t launch_tile(const Wna16PanelsParams& p, const GemmConfig& config) {
 
   LaunchOptions options;
   options.shared_bytes = gemm_shared_bytes(config, a.block_bytes);
-  options.cluster = dim3(config.split_k);
   options.overlaps_producer = true;
-  const dim3 grid(token_tiles * config.split_k, ceil_div(a.row_blocks, kWarpGroups));
-  return launch_with(options, wna16_gemm_sm90_kernel<T, kBits, kTokens, kWarpGroups>, grid,
-                     dim3(kGemmThreads<kBits, kTokens, kWarpGroups>), p.device, p.stream, x_map, a);
+  const dim3 grid(token_tiles, ceil_div(a.row_blocks, kWarpGroups), config.split_k);
+  const cudaError_t launched =
+      launch_with(options, wna16_gemm_sm90_kernel<T, kBits, kTokens, kWarpGroups>, grid,
+                  dim3(kGemmThreads<kBits, kTokens, kWarpGroups>), p.device, p.stream, x_map, a);
+  if (launched != cudaSuccess || !a.is_split) return launched;
+  return launch_add_parts<T>(p, config.split_k);
 }
 
 template <typename T, int kBits, size_t kFirst = 0>

@@ -16,7 +16,7 @@ namespace qsun {
 struct GemmConfig {
   int token_tile = 64;  // tokens that a block multiplies
   int warp_groups = 2;  // of a block, each with 64 weight rows
-  int split_k = 1;      // blocks of a cluster that share the columns, 1 to 8
+  int split_k = 1;      // blocks that share the columns, 1 to 16; from 2 on p.scratch takes their sums
   int stages = 4;       // column blocks of the weight and of x in flight or in use, at least 2
 };
 std::string to_string(const GemmConfig& config);
@@ -24,9 +24,9 @@ std::string to_string(const GemmConfig& config);
 struct GemmTile {
   int token_tile, warp_groups;
 };
-constexpr GemmTile kGemmTiles[] = {{16, 2}, {32, 2}, {48, 2},  {64, 2}, {96, 2},
-                                   {64, 4}, {96, 4}, {128, 4}, {256, 2}};
-constexpr int kMaxSplit = 8;
+constexpr GemmTile kGemmTiles[] = {{16, 1}, {32, 1}, {16, 2}, {32, 2},  {48, 2}, {64, 2},
+                                   {96, 2}, {64, 4}, {96, 4}, {128, 4}, {256, 2}};
+constexpr int kMaxSplit = 16;
 
 // Pure: depends on the sizes and the device alone.
 GemmConfig choose_gemm(const Wna16PanelsParams& params, const DeviceProps& props);
@@ -40,11 +40,10 @@ bool gemm_can_read(const Wna16PanelsParams& params);
 constexpr int kBoxColumns = 64;             // of x that are copied at once: 128 bytes, the swizzle's width
 constexpr int kStagedRow = kBlockRows + 4;  // floats of one token's sums in shared memory, padded against
                                             // bank conflicts
-constexpr int kBarrierBytes = 8;
 
 // Blocks of a multiprocessor for which registers and stages are planned.
 QSUN_HOST_DEVICE constexpr int gemm_blocks_per_sm(int token_tile, int warp_groups) {
-  return warp_groups > 2 || token_tile > 96 ? 1 : token_tile > 32 ? 2 : 3;
+  return warp_groups > 2 || token_tile > 96 ? 1 : warp_groups == 1 ? 6 : token_tile > 32 ? 2 : 3;
 }
 
 constexpr int gemm_stage_bytes(const GemmConfig& config, int block_bytes) {

@@ -41,7 +41,8 @@ constexpr int kTileRows = 16;   // of a row tile, the tensor core's M
 constexpr int kBlockTiles = 4;  // row tiles of a block
 constexpr int kBlockRows = kTileRows * kBlockTiles;
 constexpr int kBlockColumns = 128;
-constexpr int kMaxGroups = 4;  // of a block
+constexpr int kMaxGroups = 4;     // of a block
+constexpr int kBarrierBytes = 8;  // of a barrier of the copy engine, in shared memory
 
 // Bytes of one row tile's part of a block.
 QSUN_HOST_DEVICE constexpr int tile_code_bytes(int bits) {
@@ -59,5 +60,18 @@ QSUN_HOST_DEVICE constexpr int tile_bytes(int bits, int groups, bool has_zeros) 
 QSUN_HOST_DEVICE constexpr int block_bytes(int bits, int groups, bool has_zeros) {
   return kBlockTiles * tile_bytes(bits, groups, has_zeros);
 }
+
+// `total` things dealt to `shares` as evenly as can be, the first ones getting one more.
+struct EvenShares {
+  int each = 0;
+  int extra = 0;
+
+  EvenShares() = default;
+  EvenShares(int total, int shares) : each(total / shares), extra(total % shares) {}
+  // Where share `index` begins.
+  QSUN_HOST_DEVICE int begin(int index) const {
+    return index * each + (index < extra ? index : extra);
+  }
+};
 
 }  // namespace qsun

@@ -5,20 +5,23 @@
 #include <cuda_runtime_api.h>
 
 #include "qsun/wna16_panels.h"
+#include "runtime/alignment.h"
+#include "runtime/launch.h"
 #include "wna16/panels.h"
 
 namespace qsun {
 
 constexpr int kTokens = 8;  // of a token tile, the tensor core's N
 constexpr int kMaxStreamWarps = 16;
-constexpr int kMaxCluster = 8;
+constexpr int kExactTokenTiles = 2;                 // up to which codes are multiplied as integers
 constexpr int kXRowBytes = kBlockColumns * 2 + 16;  // of x in shared memory; padded: the 8 rows of a fragment
                                                     // lie in different banks
 
-// Shared memory of a block begins with a row of zeros that stands for tokens past M, and the places of the
-// warps' partial sums.
+// Shared memory of a block: a row of zeros that stands for tokens past M, the barriers of the warps' rings,
+// the rings, and the warps' sums.
 constexpr int kZeroRowBytes = 256;
-constexpr int kHeadBytes = kZeroRowBytes + kMaxStreamWarps * 4;
+constexpr int kMaxStreamStages = 4;
+constexpr int kHeadBytes = kZeroRowBytes + kMaxStreamWarps * kMaxStreamStages * kBarrierBytes;
 
 // Warps that a block may have: as many as leave registers for the next kernel's blocks.
 QSUN_HOST_DEVICE constexpr int max_stream_warps(int token_tiles, int row_tiles) {
@@ -31,20 +34,35 @@ QSUN_HOST_DEVICE constexpr int part_row_floats(int row_tiles) {
   return row_tiles * kTileRows + 4;
 }
 
-// `total` things dealt to `shares` as evenly as can be, the first ones getting one more.
-struct EvenShares {
-  int each = 0;
-  int extra = 0;
+QSUN_HOST_DEVICE constexpr int log2_of(int value) { return value <= 1 ? 0 : 1 + log2_of(value / 2); }
 
-  EvenShares() = default;
-  EvenShares(int total, int shares) : each(total / shares), extra(total % shares) {}
-  // Where share `index` begins.
-  QSUN_HOST_DEVICE int begin(int index) const {
-    return index * each + (index < extra ? index : extra);
+// Rows of x in a stage of a warp's ring.
+inline int stream_x_rows(const Wna16PanelsParams& p, const StreamConfig& c) {
+  return static_cast<int>(p.M < c.token_tiles * kTokens ? p.M : c.token_tiles * kTokens);
+}
+
+// Where the warps' rings and their sums lie in shared memory.
+struct StreamMemory {
+  int stage_bytes = 0;
+  int ring_bytes = 0;   // of a warp; rings begin at kHeadBytes
+  int part_offset = 0;  // of the first warp's sums
+  int part_stride = 0;  // from one warp's to the next's
+  int total = 0;
+
+  StreamMemory() = default;
+  StreamMemory(const Wna16PanelsParams& p, const StreamConfig& c) {
+    const int x_rows = stream_x_rows(p, c);
+    const int part_bytes = x_rows * part_row_floats(c.row_tiles) * 4;
+    stage_bytes = c.row_tiles * tile_bytes(p.bits, p.groups_per_block, p.has_zeros) + x_rows * kXRowBytes;
+    ring_bytes = c.stages * stage_bytes;
+    const int rings = kHeadBytes + c.warps * ring_bytes;
+    // A block whose row tiles are one group has done with its ring when it has its sums.
+    const bool is_one_turn = ceil_div(p.N, kTileRows) <= static_cast<int64_t>(c.row_blocks) * c.row_tiles;
+    part_offset = is_one_turn ? kHeadBytes : rings;
+    part_stride = is_one_turn ? ring_bytes : part_bytes;
+    total = is_one_turn ? rings : rings + c.warps * part_bytes;
   }
 };
-
-QSUN_HOST_DEVICE constexpr int log2_of(int value) { return value <= 1 ? 0 : 1 + log2_of(value / 2); }
 
 template <typename T, int kBits>
 cudaError_t launch_wna16_stream(const Wna16PanelsParams& params, const StreamConfig& config);

@@ -10,8 +10,10 @@
 
 #include "runtime/checks.h"
 #include "runtime/launch.h"
+#include "wna16/choices.h"
 #include "wna16/gemm_sm90.h"
 #include "wna16/panels.h"
+#include "wna16/parts.h"
 #include "wna16/stream.h"
 
 namespace qsun {
@@ -37,15 +39,12 @@ std::string to_string(const StreamConfig& c) {
       .add("row_blocks", c.row_blocks)
       .add("warps", c.warps)
       .add("stages", c.stages)
-      .add("split_k", c.split_k)
+      .add("copy_engine", c.copy_engine ? "yes" : "no")
       .add("overlaps_producer", c.overlaps_producer ? "yes" : "no")
       .str();
 }
 
 namespace {
-
-// Above this many tokens the matrix product for many of them is faster (docs/kernels/wna16.md).
-constexpr int64_t kMaxStreamTokens = 8;
 
 template <typename T>
 struct Type {
@@ -59,46 +58,64 @@ bool has_arch(const std::string& arch) {
 
 }  // namespace
 
-int stream_shared_bytes(const Wna16PanelsParams& p, const StreamConfig& c) {
-  const int x_rows = static_cast<int>(std::min<int64_t>(p.M, c.token_tiles * 8));
-  const int stage = c.row_tiles * tile_bytes(p.bits, p.groups_per_block, p.has_zeros) + x_rows * kXRowBytes;
-  return kHeadBytes + c.warps * c.stages * stage;
-}
-
 bool uses_gemm(const Wna16PanelsParams& p, const DeviceProps& props) {
   // wgmma is code of sm_90a alone.
   static const bool is_built = has_arch("90a");
-  return is_built && props.compute_major == 9 && props.compute_minor == 0 && !p.batch_invariant &&
-         p.M > kMaxStreamTokens && gemm_can_read(p);
+  if (!is_built || props.compute_major != 9 || props.compute_minor != 0) return false;
+  if (p.batch_invariant || !gemm_can_read(p)) return false;
+  const StreamMeasured* stream = most_similar(kStreamMeasured, p);
+  return stream == nullptr || most_similar(kGemmMeasured, p)->us < stream->us;
 }
 
-StreamConfig choose_stream(const Wna16PanelsParams& params, const DeviceProps& props) {
-  Wna16PanelsParams p = params;
-  // The order of sums depends on the number of warps, so the number of tokens may not decide it.
-  if (p.batch_invariant) p.M = kTokens;
+namespace {
+
+// Where nothing was measured: more tokens than one wants to stream for, or rows that may not depend on M.
+StreamMeasured unmeasured_stream(const Wna16PanelsParams& p) {
+  StreamMeasured way{};
+  // The order of sums depends on the warps and on the products that are kept apart, not on the token tiles:
+  // with four row tiles one token tile or two give the same bits.
+  way.token_tiles = p.M <= kTokens ? 1 : p.M <= 2 * kTokens || p.batch_invariant ? 2 : 4;
+  way.row_tiles = 4, way.warps = kMaxStreamWarps / 2, way.stages = 2, way.copy_engine = 1;
+  return way;
+}
+
+}  // namespace
+
+StreamConfig choose_stream(const Wna16PanelsParams& p, const DeviceProps& props) {
   const bool is_hopper = props.compute_major >= 9;
-  const int64_t row_tiles = ceil_div(p.N, kTileRows), sm = props.sm_count;
+  const StreamMeasured* measured = p.batch_invariant ? nullptr : most_similar(kStreamMeasured, p);
+  const StreamMeasured way = measured != nullptr ? *measured : unmeasured_stream(p);
   StreamConfig c;
+  c.token_tiles = way.token_tiles, c.row_tiles = way.row_tiles;
+  c.copy_engine = is_hopper && way.copy_engine != 0;
   c.overlaps_producer = is_hopper;
-  c.token_tiles = static_cast<int>(std::clamp<int64_t>(ceil_div(p.M, kTokens), 1, 8));
-  if (c.token_tiles == 5) c.token_tiles = 6;
-  if (c.token_tiles == 7) c.token_tiles = 8;
-  // Two row tiles a block up to two blocks a multiprocessor; beyond, four, which use x more often. A block
-  // for each multiprocessor, if that is enough, leaves none with two; at most two each: blocks take several
-  // turns.
-  c.row_tiles = c.token_tiles <= 2 && row_tiles <= 4 * sm ? 2 : 4;
-  const int64_t blocks = ceil_div(row_tiles, c.row_tiles);
-  c.row_blocks = static_cast<int>(std::min(row_tiles, blocks <= sm ? sm : std::min(blocks, 2 * sm)));
-  // As many warps as there are column blocks, and half of the shared memory: the other half is for the next
-  // kernel's blocks. With 16 warps one stage ahead is enough.
-  const int most_warps = max_stream_warps(c.token_tiles, c.row_tiles);
-  c.warps = static_cast<int>(std::clamp<int64_t>(p.column_blocks, 1, most_warps));
+  const int64_t tiles = ceil_div(p.N, kTileRows), fewest = ceil_div(tiles, c.row_tiles);
+  c.row_blocks =
+      static_cast<int>(way.waves == 0 ? fewest : std::min<int64_t>(tiles, way.waves * props.sm_count));
+  c.warps = static_cast<int>(std::clamp<int64_t>(p.column_blocks, 1, way.warps));
+  c.stages = way.stages;
+  // Half of the shared memory, for the other half is the next kernel's; more where the measured format took
+  // more. A format that needs more than it has fewer stages, then fewer warps, which in a batch-invariant
+  // call may not depend on M.
+  Wna16PanelsParams own = p;
+  StreamConfig widest = c;
+  if (p.batch_invariant) own.M = 2 * kTokens, widest.token_tiles = 2;
+  Wna16PanelsParams as_measured = own;
+  as_measured.bits = 4, as_measured.groups_per_block = 1, as_measured.has_zeros = false;
   const int half = (props.shared_memory_per_block + 1024) / 2 - 1024;
-  c.stages = c.warps <= kMaxStreamWarps / 2 ? 3 : 2;
-  if (stream_shared_bytes(p, c) > half) c.stages = 2;
-  while (stream_shared_bytes(p, c) > half && c.warps > 4) --c.warps;
-  while (stream_shared_bytes(p, c) > props.shared_memory_per_block && c.warps > 1) --c.warps;
+  const int allowed =
+      std::min(std::max(half, StreamMemory(as_measured, widest).total), props.shared_memory_per_block);
+  const auto takes_more = [&] {
+    widest.warps = c.warps, widest.stages = c.stages;
+    return StreamMemory(own, widest).total > allowed;
+  };
+  if (takes_more()) c.stages = 2;
+  while (takes_more() && c.warps > 1) --c.warps;
   return c;
+}
+
+int64_t wna16_panels_scratch_bytes(const Wna16PanelsParams& p, const DeviceProps& props) {
+  return p.M > 0 && uses_gemm(p, props) ? parts_bytes(p, choose_gemm(p, props).split_k) : 0;
 }
 
 std::string describe(const Wna16PanelsParams& p, const DeviceProps& props) {
@@ -134,19 +151,28 @@ Status check(const Wna16PanelsParams& p) {
 
 Status check(const Wna16PanelsParams& p, const StreamConfig& c, const DeviceProps& props) {
   Checks checks;
-  checks.one_of("token_tiles", c.token_tiles, {1, 2, 3, 4, 6, 8}).one_of("row_tiles", c.row_tiles, {1, 2, 4});
-  checks.at_least("row_tiles", c.row_tiles, c.token_tiles == 1 ? 1 : c.token_tiles == 2 ? 2 : 4);
+  checks.one_of("token_tiles", c.token_tiles, {1, 2, 4}).one_of("row_tiles", c.row_tiles, {2, 4});
+  checks.at_least("row_tiles", c.row_tiles, c.token_tiles == 4 ? 4 : 2);
   checks.at_least("warps", c.warps, 1);
   checks.at_most("warps", c.warps, max_stream_warps(c.token_tiles, c.row_tiles));
   checks.at_least("row_blocks", c.row_blocks, 1)
       .at_most("row_blocks", c.row_blocks, ceil_div(p.N, kTileRows));
-  checks.one_of("stages", c.stages, {2, 3, 4, 6});
-  checks.at_least("split_k", c.split_k, 1);
-  checks.at_most("split_k", c.split_k, props.compute_major >= 9 ? kMaxCluster : 1);
-  checks.require(!c.overlaps_producer || props.compute_major >= 9, "overlaps_producer", "yes",
-                 "no below sm_90");
+  checks.at_least("stages", c.stages, 2).at_most("stages", c.stages, kMaxStreamStages);
+  const bool is_hopper = props.compute_major >= 9;
+  checks.require(!c.overlaps_producer || is_hopper, "overlaps_producer", "yes", "no below sm_90");
+  checks.require(!c.copy_engine || is_hopper, "copy_engine", "yes", "no below sm_90");
   if (checks.ok()) {
-    checks.at_most("shared memory", stream_shared_bytes(p, c), props.shared_memory_per_block);
+    checks.at_most("shared memory", StreamMemory(p, c).total, props.shared_memory_per_block);
+  }
+  return checks.status("wna16_panels", p);
+}
+
+Status check(const Wna16PanelsParams& p, const GemmConfig& c) {
+  Checks checks;
+  const int64_t needed = parts_bytes(p, c.split_k);
+  if (needed > 0) {
+    checks.not_null("scratch", p.scratch).aligned("scratch", p.scratch, 16);
+    checks.at_least("scratch_bytes", p.scratch_bytes, needed);
   }
   return checks.status("wna16_panels", p);
 }
@@ -197,7 +223,10 @@ Status wna16_panels(const Wna16PanelsParams& p) {
   if (Status status = check(p); !status.ok() || p.M == 0) return status;
   DeviceProps props;
   if (Status status = with_props(p, &props); !status.ok()) return status;
-  return uses_gemm(p, props) ? run(p, choose_gemm(p, props)) : run(p, choose_stream(p, props));
+  if (!uses_gemm(p, props)) return run(p, choose_stream(p, props));
+  const GemmConfig config = choose_gemm(p, props);
+  if (Status status = check(p, config); !status.ok()) return status;
+  return run(p, config);
 }
 
 Status wna16_panels(const Wna16PanelsParams& p, const StreamConfig& config) {

@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from qsun.errors import RequestError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
+
+    from qsun_kernels import AttentionPlan
 
 __all__ = [
     "Batch",
@@ -49,10 +53,12 @@ class DecodeAttention:
 
     block_table: int32 (B, max_blocks), block ids of each row; entries past the length are never read.
     seq_lens: int32 (B,), positions in the cache, the new token's included; 0 marks a padding row.
+    plans: by the window of a layer, how its attention is shared out; the stack makes them, for all layers.
     """
 
     block_table: Tensor
     seq_lens: Tensor
+    plans: Mapping[int | None, AttentionPlan] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 __all__ = [
     "BACKENDS",
     "ApplyRopeProblem",
+    "AttentionImplementation",
+    "AttentionPlan",
     "BackendName",
     "DequantizeProblem",
     "Implementation",
@@ -114,10 +116,10 @@ class DequantizeProblem:
 
 @dataclass(frozen=True, slots=True)
 class PagedAttentionDecodeProblem:
-    """One query token a request against its blocks of the KV cache.
+    """One or a few query tokens a request against its blocks of the KV cache.
 
-    window: number of last positions attended to, None for all. dtype: of q and of the output; kv_dtype: of
-    the cache.
+    window: number of last positions that a token attends to, None for all. dtype: of q and of the output;
+    kv_dtype: of the cache.
     """
 
     operator: ClassVar[str] = "paged_attention_decode"
@@ -130,6 +132,14 @@ class PagedAttentionDecodeProblem:
     dtype: torch.dtype
     kv_dtype: torch.dtype
     device: torch.device
+
+    @property
+    def sizes(self) -> tuple[object, ...]:
+        """The fields in their order."""
+        return (
+            *(self.num_q_heads, self.num_kv_heads, self.head_dim, self.block_size),
+            *(self.window, self.dtype, self.kv_dtype, self.device),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +227,35 @@ class LinearImplementation(Implementation):
     """
 
     prepare: Callable[[PackedWeight, torch.dtype], PreparedWeight]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionImplementation(Implementation):
+    """`paged_attention_decode` of one backend, which also plans.
+
+    plan: (problem, seq_lens, q_len, window) -> the tensors that share the work out among the programs of
+    `run`, made on the device without waiting for it; () where a backend needs none. `run` takes them as its
+    last argument, None to plan by itself.
+    """
+
+    plan: Callable[[PagedAttentionDecodeProblem, torch.Tensor, int, int | None], tuple[torch.Tensor, ...]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionPlan:
+    """How the work of one decode step is shared out, for every call of that step with equal sizes.
+
+    problem: the sizes, dtypes, window and device that it was made for. batch: number of requests. q_len:
+    query tokens of each. backend: whose plan it is. tensors: what that backend made for the lengths that
+    `seq_lens` held. tensors is None for a plan made in traced code: its calls plan by themselves, and backend
+    is the one that was named there, or None.
+    """
+
+    problem: PagedAttentionDecodeProblem
+    batch: int
+    q_len: int
+    backend: BackendName | None
+    tensors: tuple[torch.Tensor, ...] | None
 
 
 _ORDERED = ".ordered"

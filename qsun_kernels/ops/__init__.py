@@ -6,6 +6,7 @@ from qsun_kernels.ops.apply_rope import apply_rope
 from qsun_kernels.ops.dequantize import dequantize
 from qsun_kernels.ops.explain import explain
 from qsun_kernels.ops.paged_attention_decode import paged_attention_decode
+from qsun_kernels.ops.plan_paged_attention import plan_paged_attention
 from qsun_kernels.ops.rms_norm import rms_norm
 from qsun_kernels.ops.rope_cache import RopeParameters, rope_cache
 from qsun_kernels.ops.silu_and_mul import silu_and_mul
@@ -19,6 +20,7 @@ __all__ = [
     "dequantize",
     "explain",
     "paged_attention_decode",
+    "plan_paged_attention",
     "prepare_gate_up",
     "prepare_weight",
     "rms_norm",

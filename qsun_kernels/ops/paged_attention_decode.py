@@ -1,4 +1,4 @@
-"""paged_attention_decode: one new token a request against its cached keys and values."""
+"""paged_attention_decode: a request's new tokens against its cached keys and values."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from qsun_kernels.backends.dispatch import launcher, requested_backend
-from qsun_kernels.backends.problems import BackendName, PagedAttentionDecodeProblem
+from qsun_kernels.backends.problems import AttentionPlan, BackendName, PagedAttentionDecodeProblem
 from qsun_kernels.ops import checks
 from qsun_kernels.ops.library import is_traced, refuse_gradient, register
+from qsun_kernels.ops.plan_paged_attention import MAX_Q_LEN, check_plan
 from qsun_kernels.ops.write_kv_cache import check_cache
 
 __all__ = ["paged_attention_decode"]
@@ -27,7 +28,11 @@ def paged_attention_decode(
     *,
     softmax_scale: float,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    plan: AttentionPlan | None = None,
     lse: Literal[False] = False,
+    out: Tensor | None = None,
     backend: BackendName | None = None,
 ) -> Tensor: ...
 
@@ -42,7 +47,11 @@ def paged_attention_decode(
     *,
     softmax_scale: float,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    plan: AttentionPlan | None = None,
     lse: Literal[True],
+    out: Tensor | None = None,
     backend: BackendName | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -56,37 +65,80 @@ def paged_attention_decode(
     *,
     softmax_scale: float,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    plan: AttentionPlan | None = None,
     lse: bool = False,
+    out: Tensor | None = None,
     backend: BackendName | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``softmax(softmax_scale * q K^T) V`` for one query token a request, with K and V in blocks of the
-    cache.
+    """``softmax(softmax_scale * q K^T) V`` for a request's newest tokens, K and V in blocks of the cache.
 
-    q (B, Hq, D) float32, float16 or bfloat16; the heads of a request lie side by side, the request stride is
-    free. k_cache, v_cache (num_blocks, Hkv, block_size, D) contiguous, Hq a multiple of Hkv (query heads of a
-    group follow one another). block_table int32 (B, max_blocks): the blocks of each request in order; entries
-    past its length are never followed. seq_lens int32 (B,): cached tokens to attend to, the current one
-    included. window: attend to the last `window` of them only.
+    q (B * q_len, Hq, D) float32, float16 or bfloat16, 1 <= q_len <= 8: row b * q_len + j is query token j of
+    request b; the heads of a token lie side by side, the token stride is free. k_cache, v_cache (num_blocks,
+    Hkv, block_size, D) contiguous, Hq a multiple of Hkv (query heads of a group follow one another).
+    block_table int32 (B, max_blocks): the blocks of each request in order; entries past its length are never
+    followed. seq_lens int32 (B,): cached tokens of each request, all q_len new ones included.
 
-    Returns out (B, Hq, D) of the dtype of q; with lse=True also float32 (B, Hq), the natural logarithm of
-    the softmax's denominator, by which partial results merge. A request of length 0 gets zeros and -inf.
-    Arithmetic is at least as precise as float32 accumulation over products of the stored values. Lengths are
-    read on the device; one above max_blocks * block_size is a ValueError on the CPU and undefined on a GPU.
+    Token j stands at position seq_len - q_len + j and attends to the positions up to its own; with `window`
+    to the last `window` of them. softcap: scores become ``softcap * tanh(score / softcap)`` (Gemma 2, arXiv
+    2408.00118). sinks float32 (Hq,): a logit a query head that joins the softmax's denominator and has no
+    value (gpt-oss, arXiv 2508.10925). plan: of `plan_paged_attention`, to share one among the layers of a
+    step; the call then runs on the backend of the plan. out: where the result goes, (B * q_len, Hq, D) of the
+    dtype of q, contiguous, and sharing no memory with the inputs.
+
+    Returns out; with lse=True also float32 (B * q_len, Hq), the natural logarithm of the softmax's
+    denominator, the sink included, by which partial results merge. A token without positions (a request of
+    length 0) gets zeros and -inf, or the sink. Arithmetic is at least as precise as float32 accumulation over
+    products of the stored values. Lengths are read on the device; one above max_blocks * block_size is a
+    ValueError on the CPU and undefined on a GPU.
 
     Raises TypeError or ValueError naming the argument, BackendUnavailable, RuntimeError if a gradient is
     wanted.
     """
-    _check(q, k_cache, v_cache, block_table, seq_lens, softmax_scale, window)
-    if is_traced(q, k_cache, v_cache, block_table, seq_lens):
-        both = cast(
+    q_len = _check(q, k_cache, v_cache, block_table, seq_lens, softmax_scale, window, softcap, sinks, out)
+    traced = is_traced(q, k_cache, v_cache, block_table, seq_lens, sinks, out)
+    planned: tuple[Tensor, ...] | None = None
+    if plan is not None:
+        # Traced code asks the context when it runs, not when it is traced.
+        named = backend if traced else requested_backend(backend)
+        check_plan(plan, q, k_cache, seq_lens.shape[0], q_len, window, named)
+        planned, backend = plan.tensors, plan.backend or backend
+    if traced:
+        result, log_sum = cast(
             "tuple[Tensor, Tensor]",
             torch.ops.qsun.paged_attention_decode(
-                q, k_cache, v_cache, block_table, seq_lens, softmax_scale, window, backend=backend
+                q,
+                k_cache,
+                v_cache,
+                block_table,
+                seq_lens,
+                softmax_scale,
+                window,
+                softcap,
+                sinks,
+                None if planned is None else list(planned),
+                backend=backend,
             ),
         )
+        if out is not None:
+            result = out.copy_(result)
     else:
-        both = _launch(q, k_cache, v_cache, block_table, seq_lens, softmax_scale, window, backend=backend)
-    return both if lse else both[0]
+        result, log_sum = _launch(
+            q,
+            k_cache,
+            v_cache,
+            block_table,
+            seq_lens,
+            softmax_scale,
+            window,
+            softcap,
+            sinks,
+            out,
+            planned,
+            backend,
+        )
+    return (result, log_sum) if lse else result
 
 
 def _check(
@@ -97,11 +149,15 @@ def _check(
     seq_lens: Tensor,
     softmax_scale: float,
     window: int | None,
-) -> None:
+    softcap: float | None,
+    sinks: Tensor | None,
+    out: Tensor | None,
+) -> int:
+    """Raise for what no backend takes; else the number of query tokens a request."""
     checks.floating("q", q)
-    checks.heads("q", q, "(B, Hq, D)")
+    checks.heads("q", q, "(B * q_len, Hq, D)")
     check_cache(k_cache, v_cache, q.device)
-    B, num_q_heads, head_dim = q.shape
+    _, num_q_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[1]
     if k_cache.shape[3] != head_dim:
         raise ValueError(
@@ -113,14 +169,43 @@ def _check(
         )
     checks.index("block_table", block_table, torch.int32, q.device)
     checks.rank("block_table", block_table, 2, "(B, max_blocks)")
-    checks.shape("block_table", block_table, (B, block_table.shape[1]), "(B, max_blocks)")
     checks.index("seq_lens", seq_lens, torch.int32, q.device)
-    checks.shape("seq_lens", seq_lens, (B,), "(B,)")
+    checks.shape("seq_lens", seq_lens, (block_table.shape[0],), "one for each row of block_table, (B,)")
+    q_len = _query_tokens(q, block_table.shape[0])
     if not (isinstance(softmax_scale, float | int) and math.isfinite(softmax_scale)):
         raise ValueError(f"softmax_scale is {softmax_scale!r}, expected a finite number")
     if window is not None:
         checks.positive("window", window)
-    refuse_gradient("paged_attention_decode", q=q, k_cache=k_cache, v_cache=v_cache)
+    if softcap is not None and not (
+        isinstance(softcap, float | int) and math.isfinite(softcap) and softcap > 0
+    ):
+        raise ValueError(f"softcap is {softcap!r}, expected None or a finite number above 0")
+    if sinks is not None:
+        checks.beside("sinks", sinks, torch.float32, q.device, "a logit a query head, on the device of q")
+        checks.shape("sinks", sinks, (num_q_heads,), "(Hq,)")
+        checks.contiguous("sinks", sinks)
+    if out is not None:
+        checks.beside("out", out, q.dtype, q.device, "like q")
+        checks.shape("out", out, tuple(q.shape), "(B * q_len, Hq, D)")
+        checks.contiguous("out", out)
+        if out is q:
+            raise ValueError("out is q, expected memory of its own")
+    refuse_gradient("paged_attention_decode", q=q, k_cache=k_cache, v_cache=v_cache, sinks=sinks, out=out)
+    return q_len
+
+
+def _query_tokens(q: Tensor, batch: int) -> int:
+    """q_len; ValueError where the rows of q are no such number of tokens for each request."""
+    rows = q.shape[0]
+    if rows == batch:
+        return 1
+    q_len = rows // batch if batch else 0
+    if q_len * batch != rows or not 1 <= q_len <= MAX_Q_LEN:
+        raise ValueError(
+            f"q has {rows} rows, expected q_len * B with 1 <= q_len <= {MAX_Q_LEN} and B = {batch}, "
+            "the rows of block_table"
+        )
+    return q_len
 
 
 def _launch(
@@ -131,8 +216,11 @@ def _launch(
     seq_lens: Tensor,
     softmax_scale: float,
     window: int | None,
-    *,
-    backend: str | None = None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    out: Tensor | None,
+    plan: tuple[Tensor, ...] | None,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     _, num_kv_heads, block_size, head_dim = k_cache.shape
     run = launcher(
@@ -147,8 +235,38 @@ def _launch(
         k_cache.dtype,
         q.device,
     )
-    return cast(
-        "tuple[Tensor, Tensor]", run(q, k_cache, v_cache, block_table, seq_lens, softmax_scale, window)
+    both = run(q, k_cache, v_cache, block_table, seq_lens, softmax_scale, window, softcap, sinks, out, plan)
+    return cast("tuple[Tensor, Tensor]", both)
+
+
+def _run(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    softmax_scale: float,
+    window: int | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    plan: list[Tensor] | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    planned = None if plan is None else tuple(plan)
+    return _launch(
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        seq_lens,
+        softmax_scale,
+        window,
+        softcap,
+        sinks,
+        None,
+        planned,
+        backend,
     )
 
 
@@ -160,6 +278,9 @@ def _fake(
     seq_lens: Tensor,
     softmax_scale: float,
     window: int | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    plan: list[Tensor] | None = None,
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -168,7 +289,8 @@ def _fake(
 
 register(
     "paged_attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
-    "float softmax_scale, int? window, *, str? backend=None) -> (Tensor, Tensor)",
-    _launch,
+    "float softmax_scale, int? window, float? softcap=None, Tensor? sinks=None, Tensor[]? plan=None, *, "
+    "str? backend=None) -> (Tensor, Tensor)",
+    _run,
     _fake,
 )

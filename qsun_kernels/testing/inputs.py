@@ -148,6 +148,14 @@ class PagedAttentionInputs:
     seq_lens: Tensor
     softmax_scale: float
     window: int | None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def q_len(self) -> int:
+        """Query tokens of each request."""
+        requests = self.seq_lens.shape[0]
+        return self.q.shape[0] // requests if requests else 1
 
 
 def paged_attention_inputs(
@@ -162,14 +170,17 @@ def paged_attention_inputs(
     kv_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     window: int | None = None,
+    q_len: int = 1,
+    softcap: float | None = None,
+    sinks: bool = False,
     spare_blocks: int = 2,
     std: float = 1.0,
 ) -> PagedAttentionInputs:
     """A batch of requests of these lengths over scattered blocks.
 
     Every slot that no request may read is NaN, and so are the blocks behind the block ids past a request's
-    length. q is a strided view. spare_blocks: blocks of nobody, and columns of the block table past the
-    longest request.
+    length. q is a strided view of q_len tokens a request. sinks: with normal numbers for them. spare_blocks:
+    blocks of nobody, and columns of the block table past the longest request.
     """
     kv_dtype = dtype if kv_dtype is None else kv_dtype
     counts = [-(-length // block_size) for length in seq_lens]
@@ -186,12 +197,12 @@ def paged_attention_inputs(
         own = ids[taken : taken + count]
         taken += count
         block_table[request, :count] = own
-        first = 0 if window is None else max(0, length - window)
+        first = 0 if window is None else max(0, length - q_len - window + 1)
         for cache in (k_cache, v_cache):
             tokens = torch.full((count * block_size, num_kv_heads, head_dim), torch.nan, dtype=kv_dtype)
             tokens[first:length] = normal(source, (length - first, num_kv_heads, head_dim), kv_dtype, std=std)
             cache[own.long()] = tokens.view(count, block_size, num_kv_heads, head_dim).transpose(1, 2)
-    q, _, _ = qkv_views(source, len(counts), num_q_heads, num_kv_heads, head_dim, dtype, device)
+    q, _, _ = qkv_views(source, len(counts) * q_len, num_q_heads, num_kv_heads, head_dim, dtype, device)
     return PagedAttentionInputs(
         q=q,
         k_cache=k_cache.to(device),
@@ -200,6 +211,8 @@ def paged_attention_inputs(
         seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=device),
         softmax_scale=head_dim**-0.5,
         window=window,
+        softcap=softcap,
+        sinks=normal(source, (num_q_heads,), torch.float32, device) if sinks else None,
     )
 
 

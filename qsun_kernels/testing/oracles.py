@@ -8,6 +8,7 @@ Shapes are those of the operators.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -121,30 +122,41 @@ def written_cache(cache: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
     return cache
 
 
-def cached_tokens(inputs: PagedAttentionInputs, request: int) -> tuple[Tensor, Tensor]:
-    """Keys and values (tokens, Hkv, D) that a request attends to, one by one out of the cache."""
-    length = int(inputs.seq_lens[request])
-    first = 0 if inputs.window is None else max(0, length - inputs.window)
+def cached_tokens(inputs: PagedAttentionInputs, request: int, token: int) -> tuple[Tensor, Tensor]:
+    """Keys and values (tokens, Hkv, D) that a query token (0 to q_len - 1) of a request attends to, one by
+    one out of the cache.
+    """
+    stop = int(inputs.seq_lens[request]) - inputs.q_len + token + 1
+    first = 0 if inputs.window is None else max(0, stop - inputs.window)
     block_size = inputs.k_cache.shape[2]
     table = inputs.block_table[request].tolist()
-    at = [(table[position // block_size], position % block_size) for position in range(first, length)]
+    at = [(table[position // block_size], position % block_size) for position in range(first, stop)]
     blocks = torch.tensor([block for block, _ in at], dtype=torch.long, device=inputs.k_cache.device)
     offsets = torch.tensor([offset for _, offset in at], dtype=torch.long, device=inputs.k_cache.device)
     return inputs.k_cache[blocks, :, offsets], inputs.v_cache[blocks, :, offsets]
 
 
+def _attending_tokens(inputs: PagedAttentionInputs) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(row of q, keys, values) of every query token that attends to anything."""
+    for row in range(inputs.q.shape[0]):
+        keys, values = cached_tokens(inputs, *divmod(row, inputs.q_len))
+        if len(keys):
+            yield row, keys, values
+
+
 def exact_paged_attention_decode(inputs: PagedAttentionInputs) -> tuple[Sum, Sum]:
-    """out (B, Hq, D) and lse (B, Hq)."""
-    B, Hq, D = inputs.q.shape
-    out = Sum.zeros((B, Hq, D), inputs.q.device)
-    lse = Sum.zeros((B, Hq), inputs.q.device)
+    """out (B * q_len, Hq, D) and lse (B * q_len, Hq)."""
+    rows, Hq, D = inputs.q.shape
+    out = Sum.zeros((rows, Hq, D), inputs.q.device)
+    lse = Sum.zeros((rows, Hq), inputs.q.device)
     lse.value.fill_(-torch.inf)
-    for request in range(B):
-        keys, values = cached_tokens(inputs, request)
-        if not len(keys):
-            continue
+    sinks = None if inputs.sinks is None else inputs.sinks.double()
+    if sinks is not None:
+        lse.value.copy_(sinks.expand_as(lse.value))
+        lse.scale.copy_(lse.value.abs())
+    for row, keys, values in _attending_tokens(inputs):
         keys, values = keys.double(), values.double()  # (tokens, Hkv, D)
-        q = inputs.q[request].double().view(keys.shape[1], -1, D)
+        q = inputs.q[row].double().view(keys.shape[1], -1, D)
 
         def scores_of(q: Tensor, keys: Tensor) -> Tensor:
             return torch.einsum("hgd,thd->thg", q, keys).flatten(1)
@@ -155,38 +167,53 @@ def exact_paged_attention_decode(inputs: PagedAttentionInputs) -> tuple[Sum, Sum
             )
 
         scores = scores_of(q, keys) * inputs.softmax_scale
-        weights = scores.softmax(0)
+        if inputs.softcap is not None:
+            # Its slope is at most 1, so that the errors of a score below still bound those of a capped one.
+            scores = inputs.softcap * (scores / inputs.softcap).tanh()
+        logits = scores if sinks is None else torch.cat((scores, sinks[None]))
+        weights = logits.softmax(0)[: len(scores)]
         # Of the token whose score is least certain: an error of a score is one of its weight and of the
         # logarithm.
         score_terms = scores_of(q.abs(), keys.abs()).amax(0) * abs(inputs.softmax_scale)
         score_scale = scores_of(q.square(), keys.square()).amax(0).sqrt() * abs(inputs.softmax_scale)
-        out.value[request] = mix(weights, values)
-        out.terms[request] = mix(weights, values.abs()) * (1 + score_terms[:, None])
-        out.scale[request] = out.value[request].abs().maximum(mix(weights.square(), values.square()).sqrt())
-        lse.value[request] = scores.logsumexp(0)
-        lse.scale[request] = lse.value[request].abs() + score_scale
-        lse.terms[request] = lse.value[request].abs() + score_scale + score_terms
+        out.value[row] = mix(weights, values)
+        out.terms[row] = mix(weights, values.abs()) * (1 + score_terms[:, None])
+        out.scale[row] = out.value[row].abs().maximum(mix(weights.square(), values.square()).sqrt())
+        lse.value[row] = logits.logsumexp(0)
+        lse.scale[row] = lse.value[row].abs() + score_scale
+        lse.terms[row] = lse.value[row].abs() + score_scale + score_terms
     return out, lse
 
 
 def plain_paged_attention_decode(inputs: PagedAttentionInputs) -> tuple[Tensor, Tensor]:
-    """torch's own attention in the dtype of q, request by request; the logarithm in float32."""
-    B, Hq, _ = inputs.q.shape
+    """torch's own attention in the dtype of q, token by token; the logarithm in float32.
+
+    torch has no softcap and no sinks: with one of them the scores and the softmax are float32, as in its
+    fused attention, and the weights are rounded to the dtype of q for the product with the values.
+    """
+    rows, Hq, _ = inputs.q.shape
     out = torch.zeros(inputs.q.shape, dtype=inputs.q.dtype, device=inputs.q.device)
-    lse = torch.full((B, Hq), -torch.inf, dtype=torch.float32, device=inputs.q.device)
-    for request in range(B):
-        keys, values = cached_tokens(inputs, request)
-        if not len(keys):
-            continue
+    lse = torch.full((rows, Hq), -torch.inf, dtype=torch.float32, device=inputs.q.device)
+    if inputs.sinks is not None:
+        lse.copy_(inputs.sinks.expand_as(lse))
+    for row, keys, values in _attending_tokens(inputs):
         group = Hq // keys.shape[1]
-        q = inputs.q[request].unsqueeze(1)
+        q = inputs.q[row].unsqueeze(1)
         k, v = (t.to(q.dtype).repeat_interleave(group, dim=1).transpose(0, 1) for t in (keys, values))
-        attended = functional.scaled_dot_product_attention(
-            q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), scale=inputs.softmax_scale
-        )
-        out[request] = attended.view(Hq, -1)
-        scores = (q.float() @ k.float().transpose(1, 2)).squeeze(1) * inputs.softmax_scale
-        lse[request] = scores.logsumexp(-1)
+        scores = (q.float() @ k.float().transpose(1, 2)) * inputs.softmax_scale  # (Hq, 1, tokens)
+        if inputs.softcap is not None:
+            scores = inputs.softcap * (scores / inputs.softcap).tanh()
+        logits = scores
+        if inputs.sinks is not None:
+            logits = torch.cat((scores, inputs.sinks[:, None, None]), dim=-1)
+        if inputs.softcap is None and inputs.sinks is None:
+            attended = functional.scaled_dot_product_attention(
+                q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), scale=inputs.softmax_scale
+            )
+        else:
+            attended = logits.softmax(-1)[..., : len(keys)].to(q.dtype) @ v
+        out[row] = attended.view(Hq, -1)
+        lse[row] = logits.squeeze(1).logsumexp(-1)
     return out, lse
 
 

@@ -103,6 +103,16 @@ def test_act_order_and_dtype_are_in_the_name_and_the_bytes() -> None:
     assert not torch.equal(g_idx, g_idx.sort().values)
 
 
+def test_batches_of_equal_tokens_and_unequal_skew() -> None:
+    by_name = {
+        case.name.partition(".")[2]: case.fields()["seq_lens"]
+        for case in suites()["attention"].cases(Selection(torch.device("cuda")))
+    }
+    skewed = ("64x2048", "64-zipf1-131072", "64-zipf1.2-131072", "64-zipf1.5-131072", "64-onelong-131072")
+    assert [(len(by_name[name]), sum(by_name[name])) for name in skewed] == [(64, 131072)] * 5  # type: ignore[arg-type]
+    assert sorted(by_name["64-onelong-131072"])[-2:] == [1040, 65552]  # type: ignore[arg-type]
+
+
 def test_bytes_of_attention() -> None:
     case = AttentionCase("a", (100, 7), 8, 2, 64, torch.bfloat16)
     assert case.bytes == 2 * 107 * 2 * 64 * 2 + (7 + 1) * 4 + 2 * 4 + 2 * 2 * 8 * 64 * 2
@@ -154,7 +164,7 @@ def test_ours_and_the_peers_are_known() -> None:
             "marlin",
             "tinygemm",
         ],
-        "paged_attention_decode": [*BACKENDS, "sdpa"],
+        "paged_attention_decode": [*BACKENDS, "fa3", "flashinfer-cuda", "flashinfer-tensor", "sdpa"],
     }
     assert {peer.OPERATOR for peer in peers.modules()} <= set(by_op)
     with pytest.raises(ValueError, match="op is 'softmax', expected one of wna16_linear"):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from qsun_bench import report, results
+from qsun_bench import plots, report, results, tables
 from qsun_bench.cli import main
 from qsun_bench.results import Header, Record, ResultsError, Run
 
@@ -70,6 +71,57 @@ def test_a_table_by_rows(tree: Path) -> None:
 def test_a_table_by_case(tree: Path) -> None:
     main(["report", "--root", str(tree)])
     assert "| 8x1024 | 20.0 (50%) |" in (tree / "docs" / "deep.md").read_text()
+
+
+def test_a_plan_stands_behind_a_plus(tree: Path) -> None:
+    fields = {"batch": 8}
+    records = (
+        Record("paged_attention_decode", "8x1024", "cuda", 20.0, 31_000_000, 0.5, True, fields, plan_us=2.26),
+        Record("paged_attention_decode", "8x1024", "sdpa", 40.0, 31_000_000, 0.5, True, fields),
+    )
+    results.write(Run(HEADER, records), tree / "bench/results/h100/attention.json")
+    main(["report", "--root", str(tree)])
+    text = (tree / "docs" / "deep.md").read_text()
+    assert "| us (share of read bandwidth) + plan, once a step | cuda | sdpa |" in text
+    assert "| 8x1024 | 20.0 (50%) + 2.3 | 40.0 (25%) |" in text
+
+
+def test_the_terminal_tells_a_plan_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    record = Record("paged_attention_decode", "a", "cuda", 20.0, 31_000_000, 0.5, True, {"batch": 8})
+    tables.show_run(Run(HEADER, (record,)), "sdpa")
+    assert "plan" not in capsys.readouterr().out
+    tables.show_run(Run(HEADER, (replace(record, plan_us=2.26), replace(record, case="b"))), "sdpa")
+    out = capsys.readouterr().out
+    assert "plan us" in out and "us + plan" in out
+    assert [line.split()[-2:] for line in out.splitlines() if line.startswith("a ")] == [["2.3", "22.3"]]
+
+
+def skewed(lengths: list[int], backend: str, us: float, ok: bool = True) -> Record:
+    fields = {"batch": len(lengths), "seq_lens": lengths}
+    return Record("paged_attention_decode", f"h8.zipf1.{max(lengths)}", backend, us, 10**6, 0.5, ok, fields)
+
+
+def test_plots_of_time_against_skew(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    run = Run(
+        HEADER,
+        (
+            skewed([4, 4], "cuda", 2.0),
+            skewed([7, 1], "cuda", 2.1),
+            skewed([7, 1], "sdpa", 9.0),
+            skewed([6, 2], "fa3", 3.0, ok=False),
+            skewed([9], "cuda", 5.0),
+        ),
+    )
+    (panel,) = plots._by_total(run.records).items()
+    assert panel[0] == "h8: 2 requests, 8 tokens"
+    assert [plots._skew(record) for record in panel[1]] == [1.0, 1.75, 1.75]
+    plots.save_skew(run, tmp_path / "skew.svg")
+    assert "<svg" in (tmp_path / "skew.svg").read_text()[:1000]
+    alone = Run(HEADER, (skewed([4, 4], "cuda", 2.0), skewed([7, 2], "cuda", 2.1)))
+    assert plots.has_skew(run) and not plots.has_skew(alone)
+    with pytest.raises(ResultsError, match="no batch was timed at two skews"):
+        plots.save_skew(alone, tmp_path / "none.svg")
 
 
 def test_a_table_of_margins(tree: Path) -> None:

@@ -37,6 +37,17 @@ def test_a_note_is_written_only_where_there_is_one() -> None:
     assert noted.key == record(backend="gemlite").key
 
 
+def test_a_plan_is_written_only_where_there_is_one() -> None:
+    planned = replace(record(backend="fa3"), plan_us=3.5)
+    run = Run(HEADER, (record(), planned))
+    assert results.parse(run.to_json(), "x") == run
+    assert [row.get("plan_us") for row in json.loads(run.to_json())["records"]] == [None, 3.5]
+    assert planned.key == record(backend="fa3").key
+    damaged = run.to_json().replace('"plan_us": 3.5', '"plan_us": -1')
+    with pytest.raises(ResultsError, match=r"records\[1\].plan_us is -1, expected a positive time"):
+        results.parse(damaged, "x")
+
+
 def test_failed_is_told_from_wrong() -> None:
     wrong = record(us=None, ok=False)
     assert not wrong.failed and replace(wrong, error=None).failed and not record().failed

@@ -4,7 +4,7 @@ namespace qsun {
 
 template <>
 cudaError_t launch_paged_attention_split<__half>(const PagedAttentionDecodeParams& params,
-                                                 const PagedAttentionDecodeConfig& config) {
+                                                 const PagedAttentionSplitConfig& config) {
   return launch_split<__half>(params, config);
 }
 

@@ -4,7 +4,7 @@ namespace qsun {
 
 template <>
 cudaError_t launch_paged_attention_split<float>(const PagedAttentionDecodeParams& params,
-                                                const PagedAttentionDecodeConfig& config) {
+                                                const PagedAttentionSplitConfig& config) {
   return launch_split<float>(params, config);
 }
 

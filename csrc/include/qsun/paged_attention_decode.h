@@ -9,23 +9,33 @@
 
 namespace qsun {
 
-// Attention of one query token a request over its keys and values in a paged cache:
-//   out = softmax(softmax_scale * q k.T) v over positions [max(0, seq_len - window), seq_len), lse = log sum
-//   exp of the same scores (natural logarithm), both summed in float32. seq_len <= 0: out 0, lse -infinity.
-// Nothing past a request's length is read, neither in the block table nor in the cache. A length that its row
-// of the block table cannot hold, or a block outside the cache, traps: the stream's next synchronisation
-// reports it.
+// Attention of the last q_len tokens of each request over its keys and values in a paged cache. Query token j
+// of a request of seq_len positions sits at position seq_len - q_len + j and attends to the positions up to
+// its own, of those to the last `window`:
+//   score = softmax_scale * q k.T, with a softcap softcap * tanh(score / softcap)
+//   out = exp(score) v / (sum of exp(score) + exp(sink)), lse = log of that denominator (natural logarithm)
+// summed in float32. A query token that attends to nothing (seq_len <= 0, or a position below 0): out 0, lse
+// the sink, or -infinity without one.
+//
+// Nothing outside the positions that a request attends to is read, neither in the block table nor in the
+// cache. A length that its row of the block table cannot hold, or a block outside the cache, traps: the
+// stream's next synchronisation reports it. Among the q_len tokens of one request, a value that is not finite
+// at a position that one of them attends to may reach the others.
 struct PagedAttentionDecodeParams {
-  const void* q = nullptr;        // (batch, num_q_heads, head_dim) dtype, requests q_stride elements apart
+  const void* q = nullptr;  // (batch * q_len, num_q_heads, head_dim) dtype, rows q_stride elements apart
   const void* k_cache = nullptr;  // (num_blocks, num_kv_heads, block_size, head_dim) dtype, 16-byte aligned
   const void* v_cache = nullptr;  // the same
   const int32_t* block_table = nullptr;  // (batch, max_blocks), rows block_table_stride apart
-  const int32_t* seq_lens = nullptr;     // (batch,) positions to attend to, the new token's included
-  void* out = nullptr;                   // (batch, num_q_heads, head_dim) dtype, contiguous
-  float* lse = nullptr;                  // (batch, num_q_heads)
+  const int32_t* seq_lens = nullptr;     // (batch,) positions of a request, the new tokens' included
+  const float* sinks = nullptr;          // (num_q_heads,) logits that add to the denominator alone; or null
+  void* out = nullptr;                   // (batch * q_len, num_q_heads, head_dim) dtype, contiguous
+  float* lse = nullptr;                  // (batch * q_len, num_q_heads)
+  void* plan = nullptr;  // paged_attention_plan_bytes(), 16-byte aligned: of plan_paged_attention()
+  int64_t plan_bytes = 0;
   void* scratch = nullptr;  // paged_attention_decode_scratch_bytes(), 16-byte aligned; used by this call
   int64_t scratch_bytes = 0;
   int64_t batch = 0;  // 0: nothing is launched
+  int64_t q_len = 1;  // query tokens of a request, 1 to 8
   int64_t num_q_heads =
       0;  // a multiple of num_kv_heads: query head h reads key head h / (num_q_heads / num_kv_heads)
   int64_t num_kv_heads = 0;
@@ -35,34 +45,75 @@ struct PagedAttentionDecodeParams {
   int64_t max_blocks = 0;  // a row of the block table
   int64_t q_stride = 0;
   int64_t block_table_stride = 0;
-  int64_t window = -1;  // last positions attended to, or -1: all
+  int64_t window = -1;  // last positions that a query token attends to, or -1: all
   float softmax_scale = 1.0f;
+  float softcap = 0.0f;  // above 0, or 0: none
   DType dtype = DType::kFloat32;
   int device = 0;
   Stream stream = nullptr;
 };
 QSUN_API std::string to_string(const PagedAttentionDecodeParams& params);
 
+// Two kernels serve the operator. The planned one (attention/tiles.cuh) takes 16-bit dtypes, head_dim 64, 96,
+// 128 or 256, blocks of at least 16 and up to 128 query rows a key head; the other (attention/split.cuh) the
+// rest, without a plan.
+QSUN_API bool is_planned(const PagedAttentionDecodeParams& params);
+
+// How the planned kernel is launched.
 struct PagedAttentionDecodeConfig {
+  int warps = 4;           // of a block
+  int stages = 3;          // tiles of 64 tokens in a block's ring, the one being multiplied included
+  int blocks_per_sm = 1;   // at once
+  int parts = 1;           // blocks of the grid, of equal shares of the work
+  int min_part_units = 2;  // smaller parts are not made: fewer blocks get work (units: attention/plan.h)
+  bool overlaps_producer = false;  // begins while the kernel before it still runs; needs sm_90
+};
+QSUN_API std::string to_string(const PagedAttentionDecodeConfig& config);
+
+// How the other kernel is launched.
+struct PagedAttentionSplitConfig {
   int head_tile = 1;   // query heads a block handles, of the group that shares a key head: 1, 4 or 8
   int head_tiles = 1;  // tiles in a group
   int lanes = 8;       // that share a position, 8 elements of head_dim each: 8, 16 or 32
   int num_parts = 1;   // pieces that every request's positions are cut into
   int64_t grid = 0;    // blocks
 };
-QSUN_API std::string to_string(const PagedAttentionDecodeConfig& config);
+QSUN_API std::string to_string(const PagedAttentionSplitConfig& config);
 
-// Pure: depends on the sizes alone, so that one captured graph serves every length.
+// Pure: depend on the sizes alone, so that one captured graph serves every length.
 QSUN_API PagedAttentionDecodeConfig choose(const PagedAttentionDecodeParams& params,
                                            const DeviceProps& props);
+QSUN_API PagedAttentionSplitConfig choose_split(const PagedAttentionDecodeParams& params,
+                                                const DeviceProps& props);
 
-// Bytes of scratch that a call with these sizes needs; 0 when the positions are not cut.
+// Bytes of a plan for these sizes; 0 when the kernel that serves them takes none.
+QSUN_API int64_t paged_attention_plan_bytes(const PagedAttentionDecodeParams& params,
+                                            const PagedAttentionDecodeConfig& config);
+QSUN_API int64_t paged_attention_plan_bytes(const PagedAttentionDecodeParams& params,
+                                            const DeviceProps& props);
+
+// Bytes of scratch that a call with these sizes needs; may be 0.
+QSUN_API int64_t paged_attention_decode_scratch_bytes(const PagedAttentionDecodeParams& params,
+                                                      const PagedAttentionDecodeConfig& config);
 QSUN_API int64_t paged_attention_decode_scratch_bytes(const PagedAttentionDecodeParams& params,
                                                       const DeviceProps& props);
 
-// The precondition of `choose` and of the scratch size: sizes that a kernel exists for.
+// The precondition of `choose` and of the byte counts: sizes that a kernel exists for.
 QSUN_API Status paged_attention_decode_sizes(const PagedAttentionDecodeParams& params);
 
+// Cuts the work of a batch into equal parts, on the device: reads seq_lens, writes plan. Of `params` the
+// sizes (num_blocks, max_blocks and strides apart), window, device and stream count; is_planned() must hold.
+// The plan keeps the lengths, and serves any number of calls of the same sizes and window one after another,
+// on one stream at a time.
+QSUN_API Status plan_paged_attention(const PagedAttentionDecodeParams& params);
+QSUN_API Status plan_paged_attention(const PagedAttentionDecodeParams& params,
+                                     const PagedAttentionDecodeConfig& config);
+
+// The planned kernel reads q in pairs of elements (an address divisible by 4, an even q_stride) and stores
+// out eight bytes at a time. The second form runs as told; a plan must have been made with the same
+// configuration.
 QSUN_API Status paged_attention_decode(const PagedAttentionDecodeParams& params);
+QSUN_API Status paged_attention_decode(const PagedAttentionDecodeParams& params,
+                                       const PagedAttentionDecodeConfig& config);
 
 }  // namespace qsun

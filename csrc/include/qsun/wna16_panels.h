@@ -20,10 +20,12 @@ struct Wna16PanelsParams {
   const void* bias = nullptr;       // (N,) dtype; null: none
   const void* residual = nullptr;   // (M, N) dtype, rows residual_stride elements apart; null: none
   void* out = nullptr;              // (M, N) dtype, or (M, N / 2) for gate_up, rows out_stride elements apart
-  int64_t M = 0;                    // 0: nothing is launched
-  int64_t N = 0;                    // rows of the weight; of gate and up together for gate_up
-  int64_t K = 0;                    // columns of x
-  int64_t column_blocks = 0;        // of 128 stored columns
+  void* scratch = nullptr;          // wna16_panels_scratch_bytes(), aligned to 16; used by this call alone
+  int64_t scratch_bytes = 0;
+  int64_t M = 0;              // 0: nothing is launched
+  int64_t N = 0;              // rows of the weight; of gate and up together for gate_up
+  int64_t K = 0;              // columns of x
+  int64_t column_blocks = 0;  // of 128 stored columns
   int64_t x_stride = 0;
   int64_t residual_stride = 0;
   int64_t out_stride = 0;
@@ -43,24 +45,24 @@ QSUN_API std::string to_string(const Wna16PanelsParams& params);
 
 // How the kernel in csrc/wna16/stream.cuh is launched.
 struct StreamConfig {
-  int token_tiles = 1;  // of 8 tokens that a block multiplies: 1, 2, 3, 4, 6 or 8
-  int row_tiles = 4;    // of 16 weight rows that a block multiplies at most: 1, 2 or 4
+  int token_tiles = 1;  // of 8 tokens that a block multiplies: 1, 2 or 4
+  int row_tiles = 4;    // of 16 weight rows that a block multiplies at most: 2 or 4; 4 for 4 token tiles
   int row_blocks = 1;   // blocks that share the weight's rows: its row tiles are dealt to them evenly
-  int warps = 8;        // of a block, 1 to 8; they take its columns in turn
-  int stages = 2;       // blocks of 128 columns that a warp has in flight or in use: 2, 3, 4 or 6
-  int split_k = 1;      // blocks of a cluster that share the columns, 1 to 8; 1 below sm_90
+  int warps =
+      8;  // of a block, 1 to 8, to 16 for one token tile and 2 row tiles; they take its columns in turn
+  int stages = 2;                 // blocks of 128 columns that a warp has in flight or in use: 2, 3 or 4
+  bool copy_engine = true;        // copies by the copy engine; false below sm_90
   bool overlaps_producer = true;  // programmatic dependent launch; false below sm_90
 };
 QSUN_API std::string to_string(const StreamConfig& config);
-
-// Bytes of dynamic shared memory that a block takes.
-QSUN_API int stream_shared_bytes(const Wna16PanelsParams& params, const StreamConfig& config);
 
 // What runs a problem: the kernel for many tokens (csrc/wna16/gemm_sm90.cuh) or the streaming one, and how
 // the latter is launched. Pure: they depend on the sizes, the alignment of the pointers and the device alone.
 QSUN_API bool uses_gemm(const Wna16PanelsParams& params, const DeviceProps& props);
 QSUN_API StreamConfig choose_stream(const Wna16PanelsParams& params, const DeviceProps& props);
-// Both, in one line.
+// Bytes of scratch that a call with these sizes, dtype and alignment of x needs; 0 for most.
+QSUN_API int64_t wna16_panels_scratch_bytes(const Wna16PanelsParams& params, const DeviceProps& props);
+// Kernel and launch in one line.
 QSUN_API std::string describe(const Wna16PanelsParams& params, const DeviceProps& props);
 
 QSUN_API Status wna16_panels(const Wna16PanelsParams& params);

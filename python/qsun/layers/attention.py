@@ -74,6 +74,7 @@ class Attention:
                 ctx.attention.seq_lens,
                 softmax_scale=self.softmax_scale,
                 window=self.window,
+                plan=ctx.attention.plans.get(self.window),
             )
         else:
             out = torch.empty_like(q)

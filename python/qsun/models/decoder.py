@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
-from qsun.core import ForwardContext
+from qsun.core import DecodeAttention, ForwardContext
 from qsun.kv_cache.tensors import KVCache
 from qsun.layers.attention import Attention
 from qsun.layers.mlp import GatedMLP
 from qsun.layers.norm import RMSNorm
 from qsun.models.config import ModelConfig
+from qsun_kernels import plan_paged_attention
 
 
 class DecoderLayer:
@@ -71,6 +73,8 @@ class DecoderStack:
 
         Writes the keys and values of the T tokens to `kv_cache` at ctx.slot_mapping in every layer.
         """
+        if isinstance(ctx.attention, DecodeAttention):
+            ctx = replace(ctx, attention=self._planned(ctx.attention, hidden, kv_cache))
         residual: Tensor | None = None
         x = hidden
         for layer, kv in zip(self.layers, kv_cache.layers, strict=True):
@@ -78,6 +82,25 @@ class DecoderStack:
         return self.norm.add(x, residual)[0]
 
     __call__ = forward
+
+    def _planned(self, attention: DecodeAttention, hidden: Tensor, kv_cache: KVCache) -> DecodeAttention:
+        """With a plan for each window that layers have: lengths are the same in every layer."""
+        config = self.config
+        k_cache, _ = kv_cache.layers[0]
+        plans = {
+            window: plan_paged_attention(
+                attention.seq_lens,
+                num_q_heads=config.num_q_heads,
+                num_kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                block_size=k_cache.shape[2],
+                dtype=hidden.dtype,
+                kv_dtype=k_cache.dtype,
+                window=window,
+            )
+            for window in dict.fromkeys(config.windows)
+        }
+        return replace(attention, plans=plans)
 
     @property
     def nbytes(self) -> int:

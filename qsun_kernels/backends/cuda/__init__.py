@@ -17,7 +17,11 @@ from types import MappingProxyType
 
 from qsun_kernels.backends.cuda import attention, fused, linear
 from qsun_kernels.backends.cuda.library import always, build_info, covers, unavailable
-from qsun_kernels.backends.problems import Implementation, LinearImplementation
+from qsun_kernels.backends.problems import (
+    AttentionImplementation,
+    Implementation,
+    LinearImplementation,
+)
 
 __all__ = ["IMPLEMENTATIONS", "build_info", "covers", "unavailable"]
 
@@ -35,8 +39,11 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
         "dequantize": Implementation(
             linear.supports_linear, linear.dequantize, always("dequantize: a thread rebuilds 8 weights")
         ),
-        "paged_attention_decode": Implementation(
-            attention.supports_attention, attention.paged_attention_decode, attention.describe_attention
+        "paged_attention_decode": AttentionImplementation(
+            attention.supports_attention,
+            attention.paged_attention_decode,
+            attention.describe_attention,
+            attention.plan_paged_attention,
         ),
         "write_kv_cache": Implementation(
             attention.supports_write,

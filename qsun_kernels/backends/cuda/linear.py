@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -98,6 +99,23 @@ def wna16_gate_up_silu(x: Tensor, weight: PreparedWeight, out: Tensor | None) ->
     return out
 
 
+@lru_cache(maxsize=4096)
+def _scratch_bytes(
+    M: int,
+    N: int,
+    K: int,
+    bits: int,
+    groups_per_block: int,
+    has_zeros: bool,
+    batch_invariant: bool,
+    device: int,
+) -> int:
+    needed: int = library.binding.wna16_panels_scratch_bytes(
+        M, N, K, bits, groups_per_block, has_zeros, batch_invariant, library.device_props(device)
+    )
+    return needed
+
+
 def launch_panels(
     x: Tensor,
     weight: PreparedWeight,
@@ -114,7 +132,22 @@ def launch_panels(
         # The copy engine, which feeds the kernel for many tokens, cannot gather.
         x, perm = _gathered(x, perm), None
     group = 32 if weight.stored_layout.endswith("32") else spec.group_size
+    groups_per_block = 1 if group == "channel" else BLOCK_COLUMNS // group
     device = x.get_device()
+    scratch, scratch_bytes = None, 0
+    if perm is None and config is None:
+        scratch_bytes = _scratch_bytes(
+            x.shape[0],
+            weight.N,
+            x.shape[1],
+            spec.bits,
+            groups_per_block,
+            not spec.symmetric,
+            batch_invariant,
+            device,
+        )
+        if scratch_bytes:
+            scratch = torch.empty(scratch_bytes // 4, dtype=torch.float32, device=x.device)
     library.binding.wna16_panels(
         config,
         x.data_ptr(),
@@ -123,6 +156,8 @@ def launch_panels(
         library.address(bias),
         library.address(residual),
         out.data_ptr(),
+        library.address(scratch),
+        scratch_bytes,
         x.shape[0],
         weight.N,
         x.shape[1],
@@ -131,7 +166,7 @@ def launch_panels(
         library.row_stride(residual),
         out.stride(0),
         spec.bits,
-        1 if group == "channel" else BLOCK_COLUMNS // group,
+        groups_per_block,
         not spec.symmetric,
         weight.operator == "wna16_gate_up_silu",
         batch_invariant,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from qsun_kernels.backends.problems import Implementation, PagedAttentionDecodeProblem
+from qsun_kernels.backends.problems import AttentionImplementation, PagedAttentionDecodeProblem
 from qsun_kernels.backends.reference.dtypes import refuse_dtypes
 
 
@@ -21,6 +23,58 @@ def describe(problem: PagedAttentionDecodeProblem) -> str:
     return "torch operations in float32, one request after another over the whole block table"
 
 
+def plan(
+    problem: PagedAttentionDecodeProblem, seq_lens: Tensor, q_len: int, window: int | None
+) -> tuple[Tensor, ...]:
+    """Nothing: requests are taken one by one."""
+    return ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Scoring:
+    """What scores become before the softmax, and what joins it."""
+
+    softmax_scale: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+
+    def softmax(
+        self, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, length: int | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Softmax-weighted values (q_len, Hq, D) and logarithms of the denominators (q_len, Hq), float32.
+
+        queries (q_len, Hkv, group, D) at the positions up to `length`; keys, values (Hkv, L, D) at
+        `positions` (L,). Values at positions that no query sees must be numbers, keys need not.
+        """
+        q_len, num_kv_heads, group, head_dim = queries.shape
+        own = torch.arange(q_len, device=positions.device)[:, None] + (length - q_len)
+        visible = (positions <= own) & (positions < length)
+        if self.window is not None:
+            visible &= positions > own - self.window
+        # Query tokens and heads of a group are rows of one product: token j of head g is row j * group + g.
+        rows = queries.transpose(0, 1).reshape(num_kv_heads, q_len * group, head_dim)
+        scores = (rows @ keys.transpose(1, 2)).mul_(self.softmax_scale)
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        scores.masked_fill_(~visible.repeat_interleave(group, 0), -torch.inf)
+        largest = scores.amax(-1, keepdim=True)
+        sinks = None
+        if self.sinks is not None:
+            sinks = self.sinks.view(num_kv_heads, group).repeat(1, q_len)[..., None]
+            largest = largest.maximum(sinks)
+        # With nothing to see the largest score is -inf, and -inf - -inf is no weight.
+        largest = largest.where(largest != -torch.inf, 0.0)
+        weights = torch.exp(scores - largest)
+        total = weights.sum(-1, keepdim=True)
+        if sinks is not None:
+            total += torch.exp(sinks - largest)
+        out = (weights @ values) / total.where(total != 0, 1.0)
+        out = out.view(num_kv_heads, q_len, group, head_dim).transpose(0, 1)
+        lse = (largest + total.log()).view(num_kv_heads, q_len, group).transpose(0, 1)
+        return out.flatten(1, 2), lse.flatten(1, 2)
+
+
 def run(
     q: Tensor,
     k_cache: Tensor,
@@ -29,26 +83,48 @@ def run(
     seq_lens: Tensor,
     softmax_scale: float,
     window: int | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    out: Tensor | None = None,
+    plan: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``softmax(softmax_scale * q K^T) V`` over the cached tokens of each request, and the logarithm of its
+    """Causal attention of each request's last tokens to its cached ones, and the logarithm of the softmax's
     denominator.
 
-    q (B, Hq, D); caches (num_blocks, Hkv, block_size, D); block_table int32 (B, max_blocks); seq_lens int32
-    (B,).
-    Returns out (B, Hq, D) and lse float32 (B, Hq), natural logarithm; a request of length 0 gets 0 and -inf.
+    q (B * q_len, Hq, D); caches (num_blocks, Hkv, block_size, D); block_table int32 (B, max_blocks); seq_lens
+    int32 (B,); sinks float32 (Hq,); out as q or None. With s[t] = softmax_scale * q . k[t], capped to
+    softcap * tanh(s[t] / softcap), over the positions t that a token sees:
+
+        lse = log(sum_t exp(s[t]) + exp(sink)),    out = sum_t exp(s[t] - lse) v[t]
+
+    Returns out (B * q_len, Hq, D) and lse float32 (B * q_len, Hq), natural logarithm; a token that sees
+    nothing gets 0 and -inf, or its sinks.
     On the CPU a length outside 0..max_blocks * block_size raises ValueError, and a block id outside the cache
     IndexError. On a GPU the lengths stay on the device, so that the operations can be captured in a graph.
     """
-    num_requests, num_q_heads, head_dim = q.shape
+    num_rows, num_q_heads, head_dim = q.shape
     num_kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.full((num_requests, num_q_heads), -torch.inf, dtype=torch.float32, device=q.device)
-    capacity = block_table.shape[1] * block_size
-    if capacity == 0 or num_requests == 0:
+    num_requests, max_blocks = block_table.shape
+    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    out.zero_()
+    lse = torch.full((num_rows, num_q_heads), -torch.inf, dtype=torch.float32, device=q.device)
+    if sinks is not None:
+        lse.copy_(sinks.expand_as(lse))
+    if max_blocks * block_size == 0 or num_rows == 0:
         return out, lse
-    queries = q.float().view(num_requests, num_kv_heads, num_q_heads // num_kv_heads, head_dim)
+    q_len = num_rows // num_requests
+    queries = q.float().view(num_requests, q_len, num_kv_heads, num_q_heads // num_kv_heads, head_dim)
     attend = _attend_by_host if q.device.type == "cpu" else _attend_by_device
-    attend(queries, k_cache, v_cache, block_table, seq_lens, softmax_scale, window, out, lse)
+    attend(
+        queries,
+        k_cache,
+        v_cache,
+        block_table,
+        seq_lens,
+        _Scoring(softmax_scale, window, softcap, sinks),
+        out.view(num_requests, q_len, num_q_heads, head_dim),
+        lse.view(num_requests, q_len, num_q_heads),
+    )
     return out, lse
 
 
@@ -58,22 +134,23 @@ def _attend_by_host(
     v_cache: Tensor,
     block_table: Tensor,
     seq_lens: Tensor,
-    softmax_scale: float,
-    window: int | None,
+    scoring: _Scoring,
     out: Tensor,
     lse: Tensor,
 ) -> None:
     """Read the lengths, and gather for each request exactly the tokens that it attends to."""
-    block_size = k_cache.shape[2]
-    for request, (start, stop) in enumerate(_host_spans(seq_lens, window, block_table.shape[1] * block_size)):
-        if start == stop:
+    block_size, q_len = k_cache.shape[2], queries.shape[1]
+    capacity = block_table.shape[1] * block_size
+    for request, length in enumerate(_host_lengths(seq_lens, capacity)):
+        if length == 0:
             continue
+        start = 0 if scoring.window is None else max(0, length - q_len - scoring.window + 1)
         first = start // block_size
-        blocks = block_table[request, first : -(-stop // block_size)]
-        span = slice(start - first * block_size, stop - first * block_size)
+        blocks = block_table[request, first : -(-length // block_size)]
+        span = slice(start - first * block_size, length - first * block_size)
         keys, values = _gather(k_cache, blocks)[:, span], _gather(v_cache, blocks)[:, span]
-        scores = (queries[request] @ keys.transpose(1, 2)).mul_(softmax_scale)
-        out[request], lse[request] = _softmax(scores, values)
+        positions = torch.arange(start, length)
+        out[request], lse[request] = scoring.softmax(queries[request], keys, values, positions, length)
 
 
 def _attend_by_device(
@@ -82,42 +159,28 @@ def _attend_by_device(
     v_cache: Tensor,
     block_table: Tensor,
     seq_lens: Tensor,
-    softmax_scale: float,
-    window: int | None,
+    scoring: _Scoring,
     out: Tensor,
     lse: Tensor,
 ) -> None:
     """Leave the lengths where they are: gather whole rows of the table, mask what a request cannot see."""
-    block_size = k_cache.shape[2]
+    block_size, q_len = k_cache.shape[2], queries.shape[1]
     positions = torch.arange(block_table.shape[1] * block_size, device=out.device)
     for request in range(out.shape[0]):
         length = seq_lens[request]
-        visible = positions < length
-        if window is not None:
-            visible &= positions >= length - window
+        read = positions < length
+        if scoring.window is not None:
+            read &= positions > length - q_len - scoring.window
         # Block ids past the length mean nothing, so they are not followed.
         blocks = block_table[request].where(positions[::block_size] < length, 0)
-        scores = (queries[request] @ _gather(k_cache, blocks).transpose(1, 2)).mul_(softmax_scale)
+        keys = _gather(k_cache, blocks)
         # Unwritten slots may hold NaN, and 0 * NaN would reach the sum.
-        values = _gather(v_cache, blocks).masked_fill_(~visible[:, None], 0.0)
-        out[request], lse[request] = _softmax(scores.masked_fill_(~visible, -torch.inf), values)
+        values = _gather(v_cache, blocks).masked_fill_(~read[:, None], 0.0)
+        out[request], lse[request] = scoring.softmax(queries[request], keys, values, positions, length)
 
 
-def _softmax(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax-weighted values (Hq, D) and logarithms of the denominators (Hq,).
-
-    scores (Hkv, Hq / Hkv, L), -inf where nothing is to be seen; values (Hkv, L, D), both float32.
-    """
-    largest = scores.amax(-1, keepdim=True)
-    # With nothing to see the largest score is -inf, and -inf - -inf is no weight.
-    weights = torch.exp(scores - largest.where(largest != -torch.inf, 0.0))
-    total = weights.sum(-1, keepdim=True)
-    out = (weights @ values) / total.where(total != 0, 1.0)
-    return out.flatten(0, 1), (largest + total.log()).flatten()
-
-
-def _host_spans(seq_lens: Tensor, window: int | None, capacity: int) -> list[tuple[int, int]]:
-    """The positions that each request attends to, as (first, one past the last)."""
+def _host_lengths(seq_lens: Tensor, capacity: int) -> list[int]:
+    """The lengths; ValueError for one that a row of the block table cannot hold."""
     lengths: list[int] = seq_lens.tolist()
     for request, length in enumerate(lengths):
         if not 0 <= length <= capacity:
@@ -125,7 +188,7 @@ def _host_spans(seq_lens: Tensor, window: int | None, capacity: int) -> list[tup
                 f"seq_lens[{request}] is {length}, "
                 f"expected 0..{capacity} (the tokens that a row of block_table holds)"
             )
-    return [(0 if window is None else max(0, length - window), length) for length in lengths]
+    return lengths
 
 
 def _gather(cache: Tensor, blocks: Tensor) -> Tensor:
@@ -134,4 +197,4 @@ def _gather(cache: Tensor, blocks: Tensor) -> Tensor:
     return tokens.reshape(cache.shape[1], -1, cache.shape[3]).float()
 
 
-IMPLEMENTATION = Implementation(supports=supports, run=run, describe=describe)
+IMPLEMENTATION = AttentionImplementation(supports=supports, run=run, describe=describe, plan=plan)

@@ -85,3 +85,18 @@ def exp_float32(x: tl.tensor) -> tl.tensor:
     # 2**n in two factors: in one it overflows, or underflows, where the product does not.
     half = tl.floor(n * 0.5)
     return tl.exp(r) * tl.exp2(half) * tl.exp2(n - half)
+
+
+@triton.jit
+def tanh_float32(x: tl.tensor) -> tl.tensor:
+    """tanh(x) to a few units in the last place for every float32 x; a NaN stays one.
+
+    Near 0, where 1 - 2 / (exp(2 |x|) + 1) would cancel, five terms of Lambert's continued fraction (J. H.
+    Lambert, 1768), x / (1 + x^2 / (3 + x^2 / (5 + ...))): below 0.6 it errs by less than 1e-9 of the result.
+    """
+    magnitude = tl.abs(x)
+    # Far out exp overflows, and the quotient is 0, as it should be.
+    far = 1.0 - 2.0 / (tl.exp(2.0 * magnitude) + 1.0)
+    square = x * x
+    near = x * (945.0 + square * (105.0 + square)) / (945.0 + square * (420.0 + 15.0 * square))
+    return tl.where(magnitude < 0.6, near, tl.where(x < 0.0, -far, far))

@@ -1,21 +1,18 @@
-"""One query token a request against the keys and values of its blocks.
+"""The last query tokens of each request against the keys and values of its blocks.
 
-    s[t] = softmax_scale * q . k[t],    lse = log sum_t exp(s[t]),    out = sum_t exp(s[t] - lse) v[t]
+    s[t] = softmax_scale * q . k[t],   s[t] = softcap * tanh(s[t] / softcap) with a softcap,
+    lse = log(sum_t exp(s[t]) + exp(sink)),    out = sum_t exp(s[t] - lse) v[t]
 
-over the last min(window, seq_len) positions t of request b. A program has one request, the query heads of one
-KV head (so that each key and value is read once for the whole group) and one part of the positions:
-
-      positions   start ...................................... seq_len
-                  | tile | tile | tile || tile | tile | tile ||          one program a part
-                      part 0                part 1
-
-The softmax is computed online (M. Milakov and N. Gimelshein, arXiv 1805.02867). With several parts each
-writes its sum of values relative to its own maximum, its maximum and its sum of weights; a second kernel adds
-the parts in order, so results repeat bit for bit. The number of parts depends on sizes that the host knows,
-where a part begins and ends on the length that the device reads: one captured graph serves every length.
+over the positions t that a query token sees: those up to its own, the last `window` of them. A program has a
+block of query rows, which are the query tokens and the query heads of one KV head, so that each key and
+value is read once for all of them, and an equal share of the tiles of all requests: see paged_attention_plan.
+The softmax is computed online (M. Milakov and N. Gimelshein, arXiv 1805.02867). A request that lies in one
+part is done there; of one that a boundary cuts each part keeps a partial result for paged_attention_merge.
 
 Tokens are looked up one by one in the block table, so any block size does, and neither a block-table entry
-nor a cache slot outside the attended positions is ever read: what is in there cannot matter, be it NaN.
+nor a cache slot outside the attended positions is ever read: what is in there cannot matter, be it NaN. Keys
+and values are marked to leave the cache first, except where another block of rows reads them, too (Triton 3.6
+drops the mark where it copies asynchronously).
 
 Weights of the softmax stay accurate to float32 beside 16-bit values: the weight is split into two 16-bit
 numbers whose products are added, since the tensor cores have nothing else to do while the cache streams in.
@@ -28,52 +25,45 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qsun_kernels.backends.problems import Implementation, PagedAttentionDecodeProblem
-from qsun_kernels.backends.triton.launch import Launching, multiprocessors, next_power_of_two, refuse
+from qsun_kernels.backends.problems import AttentionImplementation, PagedAttentionDecodeProblem
+from qsun_kernels.backends.triton.dependent_launch import (
+    can_launch_early,
+    let_next_kernel_start,
+    wait_for_earlier_kernels,
+)
+from qsun_kernels.backends.triton.launch import Launching, next_power_of_two, refuse
 from qsun_kernels.backends.triton.numerics import (
     INTERPRETED,
     loop_bound,
-    store_rounded,
+    tanh_float32,
     to_float32,
+)
+from qsun_kernels.backends.triton.paged_attention_merge import (
+    finite_shift,
+    paged_attention_merge_kernel,
+    store_result,
+)
+from qsun_kernels.backends.triton.paged_attention_plan import (
+    NO_WINDOW,
+    choose_rows,
+    choose_tile,
+    first_position,
+    parts_of,
+    plan_paged_attention,
+    programs_a_part,
 )
 
 MAX_HEAD_DIM = 256
 
-MAX_BLOCK_H = 32
-"""Query heads of one program; a larger group is cut, and its keys and values are read once a piece."""
+STAGES = 5
+"""Two tiles are on their way while a third is multiplied: each waits for its block ids, another step."""
 
-MIN_PART = 256
-"""Positions under which a further part costs more to combine than it saves."""
-
-MAX_PARTS = 128
-
-TILE_VALUES = 8192
-"""Numbers in a tile of keys; with the tile of values and the next two in flight, 64 KiB in 16 bits."""
-
-NO_WINDOW = 2**31 - 1
-
-
-def choose_parts(programs: int, capacity: int, num_multiprocessors: int) -> int:
-    """Parts that the positions of a request are cut in; a function of its arguments alone.
-
-    programs: how many there are with one part. capacity: the most positions a request can attend to.
-    """
-    wanted = -(-4 * num_multiprocessors // programs)
-    return max(1, min(wanted, -(-capacity // MIN_PART), MAX_PARTS))
-
-
-def choose_tile(head_dim: int, dtype: torch.dtype, kv_dtype: torch.dtype) -> int:
-    """Positions of a tile: 16 to 128."""
-    # Products of float32 run without tensor cores and hold their operands in registers; two different dtypes
-    # meet in float32.
-    in_16_bits = dtype == kv_dtype != torch.float32
-    values = TILE_VALUES if in_16_bits else TILE_VALUES // 4
-    return max(16, min(128, values // max(16, next_power_of_two(head_dim))))
+_MERGED_AT_ONCE = 32
 
 
 @triton.jit
 def _weighted_sum(p: tl.tensor, v: tl.tensor, IN_16_BITS: tl.constexpr) -> tl.tensor:
-    """p (BLOCK_H, TILE) float32 times v (TILE, BLOCK_D)."""
+    """p (BLOCK_R, TILE) float32 times v (TILE, BLOCK_D)."""
     if INTERPRETED or not IN_16_BITS:
         return tl.dot(p, to_float32(v), input_precision="ieee")
     else:
@@ -82,132 +72,134 @@ def _weighted_sum(p: tl.tensor, v: tl.tensor, IN_16_BITS: tl.constexpr) -> tl.te
         return tl.dot(low, v, tl.dot(high, v))
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["batch", "window"])
 def paged_attention_decode_kernel(
-    q: tl.tensor,  # (B, NUM_KV_HEADS * GROUP, HEAD_DIM), tokens q_stride apart
+    q: tl.tensor,  # (B * Q_LEN, NUM_KV_HEADS * GROUP, HEAD_DIM), tokens q_stride apart
     k_cache: tl.tensor,  # (num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM), contiguous
     v_cache: tl.tensor,  # as k_cache
     block_table: tl.tensor,  # int32 (B, max_blocks), rows table_stride apart
     seq_lens: tl.tensor,  # int32 (B,)
-    # Without PARTIAL the results: (B, heads, HEAD_DIM) and float32 (B, heads). With it, of each part and
-    # relative to its maximum of s: float32 (B, heads, parts, HEAD_DIM), sum of exp(s - maximum) v; float32
-    # (B, heads, parts, 2), the maximum and the sum of exp(s - maximum).
-    out: tl.tensor,
-    lse: tl.tensor,
+    sinks: tl.tensor,  # float32 (heads,), or None
+    plan: tl.tensor,  # int32, see paged_attention_plan
+    out: tl.tensor,  # (B * Q_LEN, heads, HEAD_DIM), contiguous
+    lse: tl.tensor,  # float32 (B * Q_LEN, heads)
+    sums: tl.tensor,  # float32 (2 * parts, Q_LEN, heads, HEAD_DIM), sum of exp(s - maximum) v
+    weights: tl.tensor,  # float32 (2 * parts, Q_LEN, heads, 2): maximum of s, sum of exp(s - maximum)
     q_stride: tl.tensor,
     table_stride: tl.tensor,
+    batch: tl.tensor,
     window: tl.tensor,
     softmax_scale: tl.tensor,
+    softcap: tl.tensor,
+    Q_LEN: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,  # query heads of a KV head
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    PARTIAL: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TILE: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
-    H_BLOCKS: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
+    if EARLY:
+        let_next_kernel_start()
+        wait_for_earlier_kernels()
+    ROW_BLOCKS: tl.constexpr = (Q_LEN * GROUP + BLOCK_R - 1) // BLOCK_R
+    EVICTION: tl.constexpr = "evict_first" if ROW_BLOCKS == 1 else ""
     NUM_Q_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
-    b = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1) // H_BLOCKS
-    part = tl.program_id(2)
-    parts = tl.num_programs(2)
-
-    in_group = (tl.program_id(1) % H_BLOCKS) * BLOCK_H + tl.arange(0, BLOCK_H)
-    head = kv_head * GROUP + in_group
-    d = tl.arange(0, BLOCK_D)
-    head_mask = in_group < GROUP
-    d_mask = d < HEAD_DIM
-    q_mask = head_mask[:, None] & d_mask[None, :]
-    query = tl.load(q + b * q_stride + head[:, None] * HEAD_DIM + d[None, :], mask=q_mask, other=0.0)
     # Two different dtypes meet in float32.
     SAME_DTYPE: tl.constexpr = q.dtype.element_ty == k_cache.dtype.element_ty
     IN_16_BITS: tl.constexpr = SAME_DTYPE and q.dtype.element_ty != tl.float32
-    if INTERPRETED or not SAME_DTYPE:
-        query = to_float32(query)
+    part = tl.program_id(0)
+    kv_head = tl.program_id(1) // ROW_BLOCKS
 
-    length = tl.load(seq_lens + b)
-    start = tl.maximum(length - window, 0)
-    tiles = tl.cdiv(length - start, TILE)
-    tiles_a_part = tl.cdiv(tiles, parts)
-    first = part * tiles_a_part
-    last = tl.minimum(first + tiles_a_part, tiles)
-
-    maximum = tl.full((BLOCK_H,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_H,), tl.float32)
-    acc = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
-    for tile in range(loop_bound(first), loop_bound(last)):
-        position = start + tile * TILE + tl.arange(0, TILE)
-        valid = position < length
-        entry = block_table + b * table_stride + position // BLOCK_SIZE
-        block = tl.load(entry, mask=valid, other=0).to(tl.int64)
-        row = ((block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE) * HEAD_DIM
-
-        keys = tl.load(k_cache + row[None, :] + d[:, None], mask=d_mask[:, None] & valid[None, :], other=0.0)
-        if INTERPRETED or not SAME_DTYPE:
-            keys = to_float32(keys)
-        s = tl.dot(query, keys, input_precision="ieee") * softmax_scale
-        # The first position of a tile is always valid, so no row is wholly -inf.
-        s = tl.where(valid[None, :], s, float("-inf"))
-
-        new_maximum = tl.maximum(maximum, tl.max(s, axis=1))
-        p = tl.exp(s - new_maximum[:, None])
-        rescale = tl.exp(maximum - new_maximum)
-        values = tl.load(
-            v_cache + row[:, None] + d[None, :], mask=valid[:, None] & d_mask[None, :], other=0.0
-        )
-        total = total * rescale + tl.sum(p, axis=1)
-        acc = acc * rescale[:, None] + _weighted_sum(p, values, IN_16_BITS)
-        maximum = new_maximum
-
-    out_head = b * NUM_Q_HEADS + head
-    if PARTIAL:
-        slot = out_head * parts + part
-        tl.store(lse + slot * 2, maximum, mask=head_mask)
-        tl.store(lse + slot * 2 + 1, total, mask=head_mask)
-        # A part without positions has weight zero, and its sums are not read.
-        if first < last:
-            tl.store(out + slot[:, None] * HEAD_DIM + d[None, :], acc, mask=q_mask)
-    else:
-        result = tl.div_rn(acc, tl.where(total == 0.0, 1.0, total)[:, None])
-        store_rounded(out + out_head[:, None] * HEAD_DIM + d[None, :], result, q_mask)
-        log_sum = tl.where(total == 0.0, float("-inf"), maximum + tl.log(total))
-        tl.store(lse + out_head, log_sum, mask=head_mask)
-
-
-@triton.jit(do_not_specialize=["parts"])
-def paged_attention_combine_kernel(
-    sums: tl.tensor,  # float32 (B, heads, parts, HEAD_DIM)
-    weights: tl.tensor,  # float32 (B, heads, parts, 2): maximum of s, sum of exp(s - maximum)
-    out: tl.tensor,  # (B, heads, HEAD_DIM), contiguous
-    lse: tl.tensor,  # float32 (B, heads)
-    parts: tl.tensor,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,  # a power of two, at least `parts`
-) -> None:
-    head = tl.program_id(0).to(tl.int64)
+    # Row i is query token i // GROUP and query head i % GROUP of those of the KV head.
+    row = (tl.program_id(1) % ROW_BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
+    token = row // GROUP
+    head = kv_head * GROUP + row % GROUP
     d = tl.arange(0, BLOCK_D)
+    row_mask = row < Q_LEN * GROUP
     d_mask = d < HEAD_DIM
-    every = tl.arange(0, BLOCK_PARTS)
-    own = weights + head * parts * 2
-    maxima = tl.load(own + every * 2, mask=every < parts, other=float("-inf"))
-    maximum = tl.max(maxima, axis=0)
+    mask = row_mask[:, None] & d_mask[None, :]
+    sink = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+    if sinks is not None:
+        sink = tl.load(sinks + head, mask=row_mask, other=float("-inf"))
 
-    total = tl.full((1,), 0.0, tl.float32)
-    acc = tl.zeros((BLOCK_D,), tl.float32)
-    for part in range(0, loop_bound(parts)):
-        part_total = tl.load(own + part * 2 + 1)
-        # Zero only for a part without positions, whose sums were never written; a NaN is carried on.
-        if part_total != 0.0:
-            rescale = tl.exp(tl.load(own + part * 2) - maximum)
-            total += part_total * rescale
-            acc += rescale * tl.load(sums + (head * parts + part) * HEAD_DIM + d, mask=d_mask, other=0.0)
+    # The part: tiles first..last - 1 of all, which lie in the requests r_first..r_stop - 1.
+    offsets = plan + tl.num_programs(0) + 2
+    share = tl.load(plan)
+    r_first = tl.load(plan + part + 1)
+    r_stop = tl.load(plan + part + 2)
+    first = part * share
+    last = tl.minimum(first + share, tl.load(offsets + batch))
+    r_stop += (tl.load(offsets + r_stop) < last).to(tl.int32)
+    for r in range(loop_bound(r_first), loop_bound(r_stop)):
+        begin = tl.load(offsets + r)
+        end = tl.load(offsets + r + 1)
+        length = tl.load(seq_lens + r)
+        request = tl.cast(r, tl.int64)
+        q_row = request * Q_LEN + token
+        query = tl.load(q + q_row[:, None] * q_stride + head[:, None] * HEAD_DIM + d[None, :], mask, 0.0)
+        if INTERPRETED or not SAME_DTYPE:
+            query = to_float32(query)
+        own = length - Q_LEN + token
+        start = first_position(length, window, Q_LEN)
+        # A request without positions has a tile in the plan and none here.
+        tiles = tl.cdiv(length - start, TILE)
 
-    store_rounded(out + head * HEAD_DIM + d, tl.div_rn(acc, tl.where(total == 0.0, 1.0, total)), d_mask)
-    log_sum = tl.where(total == 0.0, float("-inf"), maximum + tl.log(total))
-    tl.store(lse + head + tl.arange(0, 1), log_sum)
+        maximum = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_R,), tl.float32)
+        acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+        for tile in range(
+            loop_bound(tl.maximum(first - begin, 0)), loop_bound(tl.minimum(last - begin, tiles))
+        ):
+            position = start + tile * TILE + tl.arange(0, TILE)
+            valid = position < length
+            entry = block_table + request * table_stride + position // BLOCK_SIZE
+            block = tl.load(entry, mask=valid, other=0).to(tl.int64)
+            slot = ((block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE) * HEAD_DIM
+
+            keys = tl.load(
+                k_cache + slot[None, :] + d[:, None],
+                mask=d_mask[:, None] & valid[None, :],
+                other=0.0,
+                eviction_policy=EVICTION,
+            )
+            if INTERPRETED or not SAME_DTYPE:
+                keys = to_float32(keys)
+            s = tl.dot(query, keys, input_precision="ieee") * softmax_scale
+            if HAS_SOFTCAP:
+                s = softcap * tanh_float32(s / softcap)
+            seen = valid[None, :]
+            if Q_LEN > 1:
+                seen = (position[None, :] <= own[:, None]) & (position[None, :] > own[:, None] - window)
+            s = tl.where(seen, s, float("-inf"))
+
+            new_maximum = tl.maximum(maximum, tl.max(s, axis=1))
+            shift = finite_shift(new_maximum)
+            p = tl.exp(s - shift[:, None])
+            rescale = tl.exp(maximum - shift)
+            values = tl.load(
+                v_cache + slot[:, None] + d[None, :],
+                mask=valid[:, None] & d_mask[None, :],
+                other=0.0,
+                eviction_policy=EVICTION,
+            )
+            total = total * rescale + tl.sum(p, axis=1)
+            acc = acc * rescale[:, None] + _weighted_sum(p, values, IN_16_BITS)
+            maximum = new_maximum
+
+        if (begin >= first) & (end <= last):
+            place = q_row * NUM_Q_HEADS + head
+            pointers = out + place[:, None] * HEAD_DIM + d[None, :]
+            store_result(pointers, lse + place, acc, maximum, total, sink, mask, row_mask)
+        else:
+            kept = 2 * part + (r != r_first)
+            kept_row = (kept * Q_LEN + token) * NUM_Q_HEADS + head
+            tl.store(weights + kept_row * 2, maximum, mask=row_mask)
+            tl.store(weights + kept_row * 2 + 1, total, mask=row_mask)
+            tl.store(sums + kept_row[:, None] * HEAD_DIM + d[None, :], acc, mask=mask)
 
 
 def paged_attention_decode(
@@ -218,31 +210,40 @@ def paged_attention_decode(
     seq_lens: Tensor,
     softmax_scale: float,
     window: int | None = None,
-    parts: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    out: Tensor | None = None,
+    plan: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out (B, Hq, D), lse float32 (B, Hq)) of q (B, Hq, D) over caches (num_blocks, Hkv, block_size, D).
+    """(out (B * q_len, Hq, D), lse float32 (B * q_len, Hq)); caches (num_blocks, Hkv, block_size, D).
 
-    parts: how many parts the positions are cut in; `choose_parts` decides when it is None.
+    plan: what `plan_paged_attention` made for these sizes and lengths; None makes one.
     """
-    B, num_q_heads, head_dim = q.shape
+    rows, num_q_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
-    out = torch.empty((B, num_q_heads, head_dim), dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, num_q_heads), dtype=torch.float32, device=q.device)
-    if B == 0:
+    batch = seq_lens.shape[0]
+    if out is None:
+        out = torch.empty((rows, num_q_heads, head_dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((rows, num_q_heads), dtype=torch.float32, device=q.device)
+    if batch == 0:
         return out, lse
+    q_len = rows // batch
+    if plan is None:
+        problem = PagedAttentionDecodeProblem(
+            num_q_heads, num_kv_heads, head_dim, block_size, window, q.dtype, k_cache.dtype, q.device
+        )
+        plan = plan_paged_attention(problem, seq_lens, q_len, window)
+    (shares,) = plan
+    parts = parts_of(shares, batch)
     group = num_q_heads // num_kv_heads
-    block_h = max(16, min(MAX_BLOCK_H, next_power_of_two(group)))
+    rows_a_head = q_len * group
+    block_r = choose_rows(rows_a_head)
     block_d = max(16, next_power_of_two(head_dim))
-    head_blocks = num_kv_heads * -(-group // block_h)
-    if parts is None:
-        capacity = block_table.shape[1] * block_size
-        attended = capacity if window is None else min(window, capacity)
-        parts = choose_parts(B * head_blocks, attended, multiprocessors(q.device))
-    partial = parts > 1
-    sums, weights = out, lse
-    if partial:
-        sums = torch.empty((B, num_q_heads, parts, head_dim), dtype=torch.float32, device=q.device)
-        weights = torch.empty((B, num_q_heads, parts, 2), dtype=torch.float32, device=q.device)
+    slots = (2 * parts, q_len, num_q_heads)
+    sums = torch.empty((*slots, head_dim), dtype=torch.float32, device=q.device)
+    weights = torch.empty((*slots, 2), dtype=torch.float32, device=q.device)
+    early = can_launch_early(q.device)
+    options = {"launch_pdl": True} if early else {}
 
     def shapes() -> str:
         return (
@@ -251,40 +252,55 @@ def paged_attention_decode(
         )
 
     with Launching("paged_attention_decode", q.device, shapes):
-        paged_attention_decode_kernel[(B, head_blocks, parts)](
+        paged_attention_decode_kernel[(parts, programs_a_part(rows_a_head, num_kv_heads))](
             q,
             k_cache,
             v_cache,
             block_table,
             seq_lens,
+            sinks,
+            shares,
+            out,
+            lse,
             sums,
             weights,
             q.stride(0),
             block_table.stride(0),
+            batch,
             NO_WINDOW if window is None else min(window, NO_WINDOW),
             float(softmax_scale),  # an integer would be a type of its own
+            0.0 if softcap is None else float(softcap),
+            Q_LEN=q_len,
             NUM_KV_HEADS=num_kv_heads,
             GROUP=group,
             HEAD_DIM=head_dim,
             BLOCK_SIZE=block_size,
-            PARTIAL=partial,
-            BLOCK_H=block_h,
+            HAS_SOFTCAP=softcap is not None,
+            BLOCK_R=block_r,
             BLOCK_D=block_d,
-            TILE=choose_tile(head_dim, q.dtype, k_cache.dtype),
+            TILE=choose_tile(head_dim, q.dtype, k_cache.dtype, block_r),
+            EARLY=early,
             num_warps=4 if q.dtype == k_cache.dtype else 8,
-            num_stages=3,
+            num_stages=STAGES,
+            **options,
         )
-        if partial:
-            paged_attention_combine_kernel[(B * num_q_heads,)](
+        if parts > 1:
+            paged_attention_merge_kernel[(parts - 1, q_len * num_q_heads)](
+                shares,
                 sums,
                 weights,
+                sinks,
                 out,
                 lse,
-                parts,
+                batch,
+                NUM_Q_HEADS=num_q_heads,
+                ROWS=q_len * num_q_heads,
                 HEAD_DIM=head_dim,
                 BLOCK_D=block_d,
-                BLOCK_PARTS=next_power_of_two(parts),
-                num_warps=1,
+                CHUNK=_MERGED_AT_ONCE,
+                EARLY=early,
+                num_warps=4,
+                **options,
             )
     return out, lse
 
@@ -299,10 +315,13 @@ def supports(problem: PagedAttentionDecodeProblem) -> str | None:
 def describe(problem: PagedAttentionDecodeProblem) -> str:
     """Which kernel it would be."""
     group = problem.num_q_heads // problem.num_kv_heads
-    tile = choose_tile(problem.head_dim, problem.dtype, problem.kv_dtype)
+    tile = choose_tile(problem.head_dim, problem.dtype, problem.kv_dtype, choose_rows(group))
     return (
-        f"paged_attention_decode_kernel: {group} query heads a KV head, tiles of {tile} positions, split KV"
+        f"paged_attention_decode_kernel: {group} query heads a KV head, tiles of {tile} positions, "
+        "equal shares of all tiles, then merged"
     )
 
 
-PAGED_ATTENTION_DECODE = Implementation(supports, paged_attention_decode, describe)
+PAGED_ATTENTION_DECODE = AttentionImplementation(
+    supports, paged_attention_decode, describe, plan_paged_attention
+)

@@ -17,6 +17,8 @@ import torch
 from qsun_kernels import BackendUnavailable, KernelLaunchError, rms_norm, use_backend
 from qsun_kernels.backends import dispatch
 from qsun_kernels.backends.problems import (
+    BACKENDS,
+    AttentionImplementation,
     BackendName,
     Implementation,
     Problem,
@@ -218,6 +220,16 @@ def test_an_unknown_name_is_an_error_that_says_where_it_came_from(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+@pytest.mark.parametrize("name", BACKENDS)
+def test_every_backend_plans_its_attention(name: BackendName) -> None:
+    """`plan_paged_attention` asks whichever is chosen."""
+    entry = dispatch.load_backend(name).IMPLEMENTATIONS.get("paged_attention_decode")
+    if entry is None:
+        assert dispatch.load_backend(name).unavailable() is not None
+    else:
+        assert isinstance(entry, AttentionImplementation)
+
+
 def test_without_a_gpu_the_real_cuda_backend_says_why() -> None:
     with pytest.raises(BackendUnavailable, match=r"backend 'cuda' cannot run rms_norm: \w"):
         rms_norm(torch.ones(2, 8), torch.ones(8), eps=1e-6, backend="cuda")

@@ -30,7 +30,7 @@ import pytest
 import torch
 
 from qsun_kernels.backends import cuda
-from qsun_kernels.backends.cuda import library
+from qsun_kernels.backends.cuda import attention, library, linear
 
 ROOT = Path(__file__).resolve().parents[3]
 EMULATOR = Path(__file__).resolve().parent / "emulator"
@@ -91,6 +91,9 @@ def emulated_kernels(
     device = getattr(request, "param", 0)
     monkeypatch.setattr(library, "binding", OnDevice(emulated_extension, device), raising=False)
     monkeypatch.setattr(library, "stream", lambda index: 0)
+    # Both devices have index -1 there
+    attention._launch_of.cache_clear()
+    linear._scratch_bytes.cache_clear()
     monkeypatch.setattr(library, "device_props", lambda index: emulated_extension.device_info(device))
     return Kernels(torch.device("cpu"), False)
 
@@ -104,7 +107,7 @@ class OnDevice:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         function = getattr(self._module, name)
-        if name not in cuda.IMPLEMENTATIONS and name != "wna16_panels":
+        if name not in (*cuda.IMPLEMENTATIONS, "wna16_panels", "plan_paged_attention"):
             return function
         return lambda *arguments: function(*arguments[:-2], self._device, arguments[-1])
 

@@ -62,25 +62,28 @@ def linear() -> Iterator[tuple[str, Comparison]]:
 
 
 def attention() -> Iterator[tuple[str, Comparison]]:
-    """Every dtype, number of lanes and tile of heads; one part and several; a window."""
+    """Every dtype, head width and number of warps; one part and several; windows, softcaps, sinks."""
     for dtype in DTYPES:
-        for head_dim in (64, 80, 256):
-            for group in (1, 3, 12):
+        for head_dim in (64, 80, 96, 128, 256):
+            for group, q_len in ((1, 1), (3, 1), (12, 1), (12, 5), (12, 8)):
                 problem = inputs.paged_attention_inputs(
                     inputs.generator(group),
-                    (70, 0, 9),
+                    (270, 0, 9),
                     num_q_heads=2 * group,
                     num_kv_heads=2,
                     head_dim=head_dim,
                     block_size=16,
                     dtype=dtype,
-                    window=33 if group == 3 else None,
+                    window=133 if group == 3 else None,
+                    q_len=q_len,
+                    softcap=3.0 if group == 3 else None,
+                    sinks=group == 3,
                     spare_blocks=2 if head_dim == 80 else 20,
                 )
                 fields = [getattr(problem, field.name) for field in dataclasses.fields(problem)]
                 got = run("paged_attention_decode", *fields)
                 yield (
-                    f"paged_attention_decode {dtype} D={head_dim} group={group}",
+                    f"paged_attention_decode {dtype} D={head_dim} group={group} q_len={q_len}",
                     judges.judge_paged_attention_decode(got, problem),
                 )
 

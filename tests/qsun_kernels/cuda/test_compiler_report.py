@@ -115,15 +115,18 @@ OBJDUMP = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=TRITON_TOO
 
 @pytest.mark.slow
 @pytest.mark.skipif(NVCC is None or OBJDUMP is None, reason="no nvcc or no cuobjdump")
-def test_shared_addresses_of_asynchronous_copies_have_no_uniform_part(tmp_path) -> None:
+@pytest.mark.parametrize(
+    "instance", ("wna16/instances/stream_bf16_b4.cu", "attention/instances/tiles_bf16_d128.cu")
+)
+def test_shared_addresses_of_asynchronous_copies_have_no_uniform_part(instance, tmp_path) -> None:
     """ptxas 13.0 may add a uniform register to the shared address of LDGSTS, in an encoding that traps."""
-    source = ROOT / "csrc" / "wna16" / "instances" / "stream_bf16_b4.cu"
-    cubin = tmp_path / "stream.cubin"
+    cubin = tmp_path / "instance.cubin"
     gencode = "-gencode=arch=compute_90a,code=sm_90a"
-    subprocess.run([NVCC, *COMMAND, gencode, str(source), "-o", str(cubin)], check=True, capture_output=True)
+    command = [NVCC, *COMMAND, gencode, str(ROOT / "csrc" / instance), "-o", str(cubin)]
+    subprocess.run(command, check=True, capture_output=True)
     sass = subprocess.run([OBJDUMP, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
     copies = [line for line in sass.splitlines() if "LDGSTS" in line]
-    assert copies, "the streaming kernel has no asynchronous copy: this test looks at the wrong thing"
+    assert copies, f"{instance} has no asynchronous copy: this test looks at the wrong thing"
     assert [line for line in copies if re.search(r"\[R\d+\+UR\d+", line)] == []
 
 

@@ -24,6 +24,8 @@ def attend(kernels, problem):
             problem.seq_lens,
             problem.softmax_scale,
             problem.window,
+            problem.softcap,
+            problem.sinks,
         )
 
 
@@ -31,7 +33,7 @@ def attend(kernels, problem):
 @pytest.mark.parametrize("head_dim", (8, 40, 64, 80, 96, 128, 256))
 def test_every_head_width_and_group(kernels, dtype, head_dim) -> None:
     """Groups of 1 to 16 query heads; unused slots and blocks hold NaN."""
-    for group in (1, 2, 3, 4, 5, 7, 8, 9, 16):
+    for group in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16):
         lengths = kernels.pick((1, 300, 0, 17, 64, 1023), (33, 0, 16))
         problem = inputs.paged_attention_inputs(
             inputs.generator(group),
@@ -64,18 +66,84 @@ def test_random_problems(kernels, part) -> None:
         problem = inputs.paged_attention_inputs(
             source,
             lengths,
-            num_q_heads=num_kv_heads * draw(1, 3, 4, 7, 8),
+            num_q_heads=num_kv_heads * draw(1, 3, 4, 7, 8, 16),
             num_kv_heads=num_kv_heads,
-            head_dim=draw(64, 80, 128, 256),
-            block_size=draw(8, 16, 32, 256),
+            head_dim=draw(64, 80, 96, 128, 256),
+            block_size=draw(8, 16, 32, 64, 128, 256),
             dtype=draw(*DTYPES),
             device=kernels.device,
             window=draw(None, None, 1, 50, 10_000),
+            q_len=draw(1, 1, 2, 5, 8),
+            softcap=draw(None, None, 3.0),
+            sinks=draw(False, True),
             spare_blocks=draw(1, 2, 40),
             std=draw(1.0, 4.0),
         )
         result = judge_paged_attention_decode(attend(kernels, problem), problem)
         assert result.ok, f"seed {1000 * part + seed}, lengths {lengths}: {result.report}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("q_len", (1, 2, 5, 8))
+def test_lengths_at_the_edges_of_tiles(kernels, dtype, q_len) -> None:
+    """A query token may come before position 0, alone see a tile, or share 128 query rows."""
+    for group, head_dim in ((1, 64), (6, 96), (16, 128)):
+        problem = inputs.paged_attention_inputs(
+            inputs.generator(q_len),
+            (1, 15, 16, 17, 63, 64, 65, 127, 128, 129),
+            num_q_heads=group,
+            num_kv_heads=1,
+            head_dim=head_dim,
+            block_size=16,
+            dtype=dtype,
+            device=kernels.device,
+            q_len=q_len,
+        )
+        judge_paged_attention_decode(attend(kernels, problem), problem).require()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("window", "softcap"), [(1, None), (16, 2.0), (63, None), (64, 5.0), (65, None)])
+def test_windows_softcaps_and_sinks(kernels, dtype, window, softcap) -> None:
+    """Positions before a window are NaN; tiles begin at multiples of their size, windows anywhere."""
+    for q_len, group, head_dim in ((1, 4, 128), (3, 8, 64)):
+        problem = inputs.paged_attention_inputs(
+            inputs.generator(window),
+            kernels.pick((1000, 3, 64, 127, 200), (300, 3, 64, 127)),
+            num_q_heads=2 * group,
+            num_kv_heads=2,
+            head_dim=head_dim,
+            block_size=32,
+            dtype=dtype,
+            device=kernels.device,
+            window=window,
+            q_len=q_len,
+            softcap=softcap,
+            sinks=True,
+            std=2.0,
+        )
+        judge_paged_attention_decode(attend(kernels, problem), problem).require()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_requests_without_tokens_have_their_sinks(kernels, dtype) -> None:
+    problem = inputs.paged_attention_inputs(
+        inputs.generator(3),
+        (0, 2, 0),
+        num_q_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        block_size=16,
+        dtype=dtype,
+        device=kernels.device,
+        q_len=3,
+        sinks=True,
+    )
+    out, lse = attend(kernels, problem)
+    judge_paged_attention_decode((out, lse), problem).require()
+    nothing = [0, 1, 2, 3, 6, 7, 8]  # token 0 of the second request comes before its position 0
+    assert (out[nothing] == 0).all()
+    torch.testing.assert_close(lse[nothing], problem.sinks.expand(7, 4), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("num_requests", (0, 1, 3))
@@ -134,6 +202,50 @@ def test_a_nan_stays_in_its_request(kernels) -> None:
     assert torch.equal(spoiled[1, :2], clean[1, :2]) and torch.equal(spoiled_lse[1, :2], clean_lse[1, :2])
 
 
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize(("group", "q_len"), [(4, 1), (8, 3), (16, 5)])
+def test_results_repeat_bit_for_bit(kernels, dtype, group, q_len) -> None:
+    problem = inputs.paged_attention_inputs(
+        inputs.generator(8),
+        kernels.pick((9000, 1, 700, 0, 4000, 64), (500, 1, 0, 64)),
+        num_q_heads=2 * group,
+        num_kv_heads=2,
+        head_dim=128,
+        block_size=16,
+        dtype=dtype,
+        device=kernels.device,
+        q_len=q_len,
+    )
+    first = attend(kernels, problem)
+    for _ in range(kernels.pick(20, 2)):
+        again = attend(kernels, problem)
+        assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+
+
+def test_views_at_odd_places(kernels) -> None:
+    """q with an odd stride and an odd beginning, out in the middle of other memory."""
+    problem = inputs.paged_attention_inputs(
+        inputs.generator(5),
+        (70, 0, 20),
+        num_q_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        block_size=16,
+        dtype=torch.float16,
+        device=kernels.device,
+    )
+    expected, _ = attend(kernels, problem)
+    space = torch.full((1 + 3 * 257,), torch.nan, dtype=torch.float16, device=kernels.device)
+    q = space[1:].as_strided((3, 4, 64), (257, 64, 1))
+    q.copy_(problem.q)
+    memory = torch.full((2 + expected.numel(),), 7.0, dtype=torch.float16, device=kernels.device)
+    out = memory[1:-1].view(3, 4, 64)
+    caches = (problem.k_cache, problem.v_cache, problem.block_table, problem.seq_lens)
+    got, _ = kernels.run("paged_attention_decode", q, *caches, problem.softmax_scale, None, None, None, out)
+    assert got is out and torch.equal(out, expected)
+    assert memory[0] == 7 and memory[-1] == 7
+
+
 @pytest.mark.parametrize("std", (30.0, 1000.0, 1e4))
 def test_extreme_scores(kernels, std) -> None:
     """Scores in the thousands: one token takes all the weight, and nothing overflows."""
@@ -178,6 +290,37 @@ def test_a_slot_past_the_cache_writes_nothing(emulated_kernels) -> None:
     with pytest.raises(KernelLaunchError, match=r"write_kv_cache.*trap"):
         kernels.run("write_kv_cache", k, k, *caches, torch.tensor([12]))
     assert not any(cache.any() for cache in caches)
+
+
+@pytest.mark.slow
+@pytest.mark.damaged
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seq_lens": 49},  # the block table has room for 48
+        {"seq_lens": 2**31 - 1},
+        {"block_table": -1},
+        {"block_table": 1000},
+    ],
+    ids=str,
+)
+def test_indices_outside_their_tensors_trap(emulated_kernels, change, dtype) -> None:
+    """On a GPU: test_cuda_traps_gpu.py."""
+    problem = inputs.paged_attention_inputs(
+        inputs.generator(0),
+        (20,),
+        num_q_heads=1,
+        num_kv_heads=1,
+        head_dim=64,
+        block_size=16,
+        dtype=dtype,
+        spare_blocks=1,
+    )
+    for name, value in change.items():
+        getattr(problem, name).fill_(value)
+    with pytest.raises(KernelLaunchError, match=r"paged_attention.*trap"):
+        attend(emulated_kernels, problem)
 
 
 @pytest.mark.gpu

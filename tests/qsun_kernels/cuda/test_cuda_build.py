@@ -133,33 +133,6 @@ def test_every_weight_row_has_a_warp(extension, h100, N) -> None:
         assert config.tile_m * config.grid_m >= M
 
 
-@pytest.mark.parametrize(
-    ("batch", "heads", "head_dim", "max_blocks", "window", "expected"),
-    [
-        (1, (32, 8), 128, 64, -1, (4, 1, 16, 16)),  # 1K tokens in parts of 64
-        (1, (32, 8), 128, 4096, -1, (4, 1, 16, 66)),  # 64K tokens: four blocks a multiprocessor
-        (64, (32, 8), 128, 128, -1, (4, 1, 16, 2)),
-        (256, (32, 8), 128, 32, -1, (4, 1, 16, 1)),  # enough requests: nothing is cut
-        (256, (32, 8), 128, 2048, -1, (4, 1, 16, 8)),  # unless one could be much longer than the others
-        (1, (9, 3), 64, 8, -1, (4, 1, 8, 2)),
-        (1, (16, 1), 256, 4, -1, (8, 2, 32, 1)),
-        (1, (8, 8), 80, 4096, 100, (1, 1, 16, 2)),  # a window bounds what there is to cut
-        (0, (8, 8), 64, 4, -1, (1, 1, 8, 1)),
-        (2, (8, 8), 64, 0, -1, (1, 1, 8, 1)),
-    ],
-)
-def test_choose_paged_attention_decode(
-    extension, h100, batch, heads, head_dim, max_blocks, window, expected
-) -> None:
-    sizes = (batch, *heads, head_dim, 16, max_blocks, window)
-    config = extension.choose_paged_attention_decode(*sizes, h100)
-    assert (config.head_tile, config.head_tiles, config.lanes, config.num_parts) == expected, repr(config)
-    assert config.grid == batch * heads[1] * config.head_tiles * config.num_parts
-    scratch = extension.paged_attention_decode_scratch_bytes(*sizes, h100)
-    partial = batch * heads[0] * config.num_parts
-    assert scratch == (0 if config.num_parts == 1 else 4 * (-(-partial // 4) * 4 + partial * head_dim))
-
-
 def test_choose_rms_norm(extension) -> None:
     half = 1
     assert repr(extension.choose_rms_norm(4096, 4096, 4096, half)) == "RmsNormConfig(width=8 threads=256)"
@@ -198,17 +171,22 @@ CALLS = {
         residual_stride=0, out_stride=32, bits=4, group_size=32,
     ),
     "wna16_panels": call(
-        "x panels out", config=None, perm=0, bias=0, residual=0, M=2, N=32, K=64, column_blocks=1,
-        x_stride=64, residual_stride=0, out_stride=32, bits=4, groups_per_block=1, has_zeros=False,
-        gate_up=False, batch_invariant=False, prefetch_weights=True,
+        "x panels out", config=None, perm=0, bias=0, residual=0, scratch=0, scratch_bytes=0, M=2, N=32,
+        K=64, column_blocks=1, x_stride=64, residual_stride=0, out_stride=32, bits=4, groups_per_block=1,
+        has_zeros=False, gate_up=False, batch_invariant=False, prefetch_weights=True,
     ),
     "dequantize": call(
         "qweight scales out", qzeros=0, g_idx=0, N=32, K=64, bits=4, group_size=32, scale_dtype=1
     ),
     "paged_attention_decode": call(
-        "q k_cache v_cache block_table seq_lens out lse scratch", scratch_bytes=2**30, batch=2, num_q_heads=4,
-        num_kv_heads=2, head_dim=64, num_blocks=8, block_size=16, max_blocks=4, q_stride=256,
-        block_table_stride=4, window=-1, softmax_scale=0.125,
+        "q k_cache v_cache block_table seq_lens out lse plan scratch", config=None, sinks=0,
+        plan_bytes=2**30, scratch_bytes=2**30, batch=2, q_len=1, num_q_heads=4, num_kv_heads=2, head_dim=64,
+        num_blocks=8, block_size=16, max_blocks=4, q_stride=256, block_table_stride=4, window=-1,
+        softmax_scale=0.125, softcap=0.0,
+    ),
+    "plan_paged_attention": call(
+        "seq_lens plan", config=None, plan_bytes=2**30, batch=2, q_len=1, num_q_heads=4, num_kv_heads=2,
+        head_dim=64, block_size=16, window=-1,
     ),
 }  # fmt: skip
 ENDING = {"dtype": 1, "device": 0, "stream": 0}
@@ -285,6 +263,13 @@ REFUSED = [
     ("paged_attention_decode", {"seq_lens": 0}, "seq_lens is null"),
     ("paged_attention_decode", {"lse": 0}, "lse is null"),
     ("paged_attention_decode", {"batch": -1}, "batch is -1; expected at least 0"),
+    ("paged_attention_decode", {"q_len": 0}, "q_len is 0; expected at least 1"),
+    ("paged_attention_decode", {"q_len": 9}, "q_len is 9; expected at most 8"),
+    ("paged_attention_decode", {"softcap": -1.0}, "softcap is -1.000000; expected above 0, or 0 for none"),
+    ("paged_attention_decode", {"plan": 4104}, "plan is misaligned; expected an address divisible by 16"),
+    ("plan_paged_attention", {"seq_lens": 0}, "seq_lens is null"),
+    ("plan_paged_attention", {"batch": -1}, "batch is -1; expected at least 0"),
+    ("plan_paged_attention", {"q_len": 9}, "q_len is 9; expected at most 8"),
 ]
 
 
@@ -308,7 +293,7 @@ def test_refused_arguments(extension, operator, change, message) -> None:
 @pytest.mark.parametrize("scratch", ({"scratch_bytes": 0}, {"scratch": 0}))
 def test_too_little_scratch(emulated_extension, scratch) -> None:
     """Needs a device to know how much; the emulator's is enough."""
-    sizes = {"batch": 1, "max_blocks": 4096, **scratch}
+    sizes = {"batch": 1, "max_blocks": 4096, "dtype": 0, **scratch}
     arguments = {**CALLS["paged_attention_decode"], **ENDING, **sizes}
     with pytest.raises(KernelLaunchError, match=r"scratch(_bytes)? is (0|null); expected"):
         emulated_extension.paged_attention_decode(**arguments)
@@ -324,6 +309,7 @@ def test_too_little_scratch(emulated_extension, scratch) -> None:
         ("wna16_linear", {"M": 0, "x": 0, "out": 0, "dtype": 0}),
         ("wna16_panels", {"M": 0, "x": 0, "panels": 0, "out": 0}),
         ("dequantize", {"N": 0, "qweight": 0, "scales": 0, "out": 0}),
+        ("plan_paged_attention", {"batch": 0, "seq_lens": 0, "plan": 0}),
         ("paged_attention_decode", {"batch": 0, "q": 0, "out": 0, "lse": 0, "seq_lens": 0, "block_table": 0}),
     ],
 )

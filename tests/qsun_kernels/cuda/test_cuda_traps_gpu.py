@@ -17,10 +17,10 @@ def run(operator, *arguments):
     cuda.IMPLEMENTATIONS[operator].run(*arguments)
     torch.cuda.synchronize()
 
-def attend(change):
+def attend(change, dtype=torch.float16):
     a = inputs.paged_attention_inputs(
         inputs.generator(0), (20,), num_q_heads=1, num_kv_heads=1, head_dim=64, block_size=16,
-        dtype=torch.float16, device="cuda", spare_blocks=1)
+        dtype=dtype, device="cuda", spare_blocks=1)
     change(a)
     run("paged_attention_decode", a.q, a.k_cache, a.v_cache, a.block_table, a.seq_lens, 1.0, None)
 
@@ -42,6 +42,9 @@ CASES = {
     "length past the block table": "attend(lambda a: a.seq_lens.fill_(49))",
     "block past the cache": "attend(lambda a: a.block_table.fill_(1000))",
     "negative block": "attend(lambda a: a.block_table.fill_(-1))",
+    "length past the block table, float32": "attend(lambda a: a.seq_lens.fill_(49), torch.float32)",
+    "block past the cache, float32": "attend(lambda a: a.block_table.fill_(1000), torch.float32)",
+    "negative block, float32": "attend(lambda a: a.block_table.fill_(-1), torch.float32)",
 }
 
 

@@ -80,9 +80,28 @@ def test_a_product_that_a_lane_misses(call) -> None:
 def test_load_matrices(call) -> None:
     source, r = aligned_bytes(2048), torch.zeros(4, 32, dtype=torch.int32)
     offsets = torch.randperm(128)[:32].int() * 16
-    assert call("load", source, 2048, offsets, r) == ""
+    assert call("load", source, 2048, offsets, r, 0) == ""
     rows = source.view(128, 16).view(torch.int32)[offsets.long() // 16].view(4, 32)
     assert torch.equal(r, rows)  # word t of row g is lane 4g + t's
+
+
+def test_load_matrices_transposed(call) -> None:
+    source, r = aligned_bytes(2048), torch.zeros(4, 32, dtype=torch.int32)
+    offsets = torch.randperm(128)[:32].int() * 16
+    assert call("load", source, 2048, offsets, r, 1) == ""
+    rows = source.view(128, 16).view(torch.int16)[offsets.long() // 16].view(4, 8, 8)
+    # Lane 4g + t gets column g of rows 2t and 2t + 1.
+    assert torch.equal(r.view(torch.int16).view(4, 8, 4, 2), rows.transpose(1, 2).reshape(4, 8, 4, 2))
+
+
+@pytest.mark.parametrize("distance", (1, 5, 31))
+def test_shuffle_up_and_atomic_addition(call, distance) -> None:
+    from_below, before = torch.zeros(32, dtype=torch.int64), torch.zeros(32, dtype=torch.int32)
+    counter = torch.tensor([7], dtype=torch.int32)
+    assert call("count", distance, from_below, counter, before) == ""
+    lanes = torch.arange(32)
+    assert torch.equal(from_below >> 33, torch.where(lanes < distance, lanes, lanes - distance))
+    assert int(counter) == 7 + 64 and sorted(before.tolist()) == list(range(7, 71, 2))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +112,7 @@ def test_load_matrices_of_a_wrong_address(call, offset, message) -> None:
     offsets = torch.zeros(32, dtype=torch.int32)
     offsets[9] = offset
     r = torch.zeros(4, 32, dtype=torch.int32)
-    assert message in call("load", aligned_bytes(2048), 2048, offsets, r)
+    assert message in call("load", aligned_bytes(2048), 2048, offsets, r, 0)
 
 
 def test_lanes_at_different_instructions(call) -> None:

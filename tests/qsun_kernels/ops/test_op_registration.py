@@ -114,6 +114,14 @@ def test_opcheck(name: str, dtype: torch.dtype, device: torch.device) -> None:
     torch.library.opcheck(getattr(torch.ops.qsun, name).default, operator_arguments(name, dtype, device))
 
 
+@pytest.mark.parametrize("plan", [None, [], [torch.zeros(2)]], ids=["no plan", "empty", "planned"])
+def test_opcheck_of_attention_with_all_of_it(plan: list[Tensor] | None) -> None:
+    """Several tokens a request, a softcap, sinks, and a plan as a list of tensors."""
+    q, *middle, _ = operator_arguments("paged_attention_decode", torch.float32, torch.device("cpu"))
+    arguments = (torch.cat((q, q)), *middle, None, 2.0, torch.arange(4.0), plan)
+    torch.library.opcheck(torch.ops.qsun.paged_attention_decode.default, arguments)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_fake_tensors_give_shapes_without_running(name: str) -> None:
     arguments = operator_arguments(name, torch.float16, torch.device("cpu"))
@@ -232,6 +240,21 @@ def test_a_compiled_graph_writes_where_it_was_told() -> None:
     assert torch.equal(out[1], wna16_gate_up_silu(x, gate_up))
 
 
+def test_compiled_attention_writes_where_it_was_told() -> None:
+    q, k_cache, v_cache, table, lengths, _, _ = operator_arguments(
+        "paged_attention_decode", torch.float32, torch.device("cpu")
+    )
+
+    def attend(q: Tensor, out: Tensor | None) -> Tensor:
+        return paged_attention_decode(
+            q, k_cache, v_cache, table, lengths, softmax_scale=0.3, softcap=4.0, out=out
+        )
+
+    out = torch.full(q.shape, torch.nan)
+    got = torch.compile(attend, backend="aot_eager", fullgraph=True)(q, out)
+    assert torch.equal(out, attend(q, None)) and torch.equal(got, out)
+
+
 def test_public_functions_take_fake_tensors() -> None:
     with FakeTensorMode() as mode:
         fake = mode.from_tensor(torch.ones(3, 8))
@@ -263,6 +286,14 @@ GRADIENT_CASES: dict[str, Callable[[Tensor], Any]] = {
         torch.zeros(1, 1, dtype=torch.int32),
         torch.ones(1, dtype=torch.int32),
         softmax_scale=1.0,
+    ),
+    "paged_attention_decode sinks": lambda t: paged_attention_decode(
+        torch.ones(1, 8, 1),
+        *(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1)),
+        torch.zeros(1, 1, dtype=torch.int32),
+        torch.ones(1, dtype=torch.int32),
+        softmax_scale=1.0,
+        sinks=t[0],
     ),
     "wna16_gate_up_silu x": lambda t: wna16_gate_up_silu(
         t.repeat(1, 8),

@@ -209,7 +209,12 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], list[str]]] = [
         ["slot_mapping has str"],
     ),
     # paged_attention_decode
-    ("paged_attention_decode", {"q": torch.zeros(2, 32)}, ValueError, ["q has shape (2, 32)", "(B, Hq, D)"]),
+    (
+        "paged_attention_decode",
+        {"q": torch.zeros(2, 32)},
+        ValueError,
+        ["q has shape (2, 32)", "(B * q_len, Hq, D)"],
+    ),
     (
         "paged_attention_decode",
         {"q": torch.zeros(2, 4, 16)},
@@ -240,7 +245,7 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], list[str]]] = [
         "paged_attention_decode",
         {"block_table": torch.zeros(3, 3, dtype=torch.int32)},
         ValueError,
-        ["block_table has shape (3, 3)", "(2, 3)"],
+        ["seq_lens has shape (2,)", "each row of block_table, (B,) = (3,)"],
     ),
     (
         "paged_attention_decode",
@@ -276,6 +281,29 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], list[str]]] = [
     ("paged_attention_decode", {"window": 0}, ValueError, ["window is 0", "at least 1"]),
     ("paged_attention_decode", {"window": -5}, ValueError, ["window is -5"]),
     ("paged_attention_decode", {"window": 2.5}, TypeError, ["window is 2.5", "integer"]),
+    ("paged_attention_decode", {"q": torch.zeros(3, 4, 8)}, ValueError, ["q has 3 rows", "B = 2"]),
+    ("paged_attention_decode", {"q": torch.zeros(0, 4, 8)}, ValueError, ["q has 0 rows", "B = 2"]),
+    ("paged_attention_decode", {"q": torch.zeros(18, 4, 8)}, ValueError, ["q has 18 rows", "q_len <= 8"]),
+    (
+        "paged_attention_decode",
+        {
+            "block_table": torch.zeros(0, 3, dtype=torch.int32),
+            "seq_lens": torch.zeros(0, dtype=torch.int32),
+        },
+        ValueError,
+        ["q has 2 rows", "B = 0"],
+    ),
+    ("paged_attention_decode", {"softcap": 0.0}, ValueError, ["softcap is 0.0", "above 0"]),
+    ("paged_attention_decode", {"softcap": float("inf")}, ValueError, ["softcap is inf", "finite"]),
+    ("paged_attention_decode", {"softcap": "30"}, ValueError, ["softcap is '30'"]),
+    ("paged_attention_decode", {"sinks": [0.0] * 4}, TypeError, ["sinks is a list", "torch.Tensor"]),
+    ("paged_attention_decode", {"sinks": torch.zeros(2)}, ValueError, ["sinks has shape (2,)", "(4,)"]),
+    ("paged_attention_decode", {"sinks": torch.zeros(4, dtype=BF16)}, TypeError, ["sinks has dtype"]),
+    ("paged_attention_decode", {"sinks": strided(4)}, ValueError, ["sinks has strides (2,)"]),
+    ("paged_attention_decode", {"out": torch.zeros(2, 32)}, ValueError, ["out has shape (2, 32)"]),
+    ("paged_attention_decode", {"out": torch.zeros(2, 4, 8, dtype=F16)}, TypeError, ["out has dtype"]),
+    ("paged_attention_decode", {"out": strided(2, 4, 8)}, ValueError, ["out has strides"]),
+    ("paged_attention_decode", {"plan": 1}, TypeError, ["plan is a int", "plan_paged_attention"]),
     # wna16_linear
     ("wna16_linear", {"x": torch.ones(3, 31)}, ValueError, ["x has shape (3, 31)", "(..., 32)"]),
     (

@@ -66,7 +66,7 @@ def test_only_what_a_request_may_read_is_a_number(window: int | None) -> None:
         stale = case.block_table[request, len(blocks) :].long()
         assert len(stale) >= 2
         assert case.k_cache[stale].isnan().all()
-        keys, values = oracles.cached_tokens(case, request)
+        keys, values = oracles.cached_tokens(case, request, 0)
         assert len(keys) == min(lengths[request], window or math.inf)
         assert keys.isfinite().all()
         assert values.isfinite().all()

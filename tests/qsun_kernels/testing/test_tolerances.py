@@ -259,6 +259,58 @@ def test_attention_with_a_bug_is_caught(length: int, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_of_several_tokens_with_a_bug_is_caught(dtype: torch.dtype) -> None:
+    case = inputs.paged_attention_inputs(
+        inputs.generator(4),
+        [100, 40],
+        num_q_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        block_size=16,
+        dtype=dtype,
+        window=30,
+        q_len=3,
+        softcap=2.0,
+        sinks=True,
+    )
+    assert case.sinks is not None
+
+    def attend(case: inputs.PagedAttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        return paged_attention_decode(
+            case.q,
+            case.k_cache,
+            case.v_cache,
+            case.block_table,
+            case.seq_lens,
+            softmax_scale=case.softmax_scale,
+            window=case.window,
+            softcap=case.softcap,
+            sinks=case.sinks,
+            lse=True,
+        )
+
+    out, lse = attend(case)
+    judge.judge_paged_attention_decode((out, lse), case).require()
+    wrong = {
+        "softcap": replace(case, softcap=2.1),
+        "no softcap": replace(case, softcap=None),
+        "sinks": replace(case, sinks=case.sinks + 0.1),
+        "no sinks": replace(case, sinks=None),
+        "window": replace(case, window=29),
+    }
+    for name, one in wrong.items():
+        assert not judge.judge_paged_attention_decode(attend(one), case).ok, name
+    # The last token's reach for all of them, and the tokens of a request in the wrong order.
+    last = replace(case, q=case.q[1::3], window=30)
+    assert not judge.judge_paged_attention_decode(
+        tuple(t.repeat_interleave(3, 0) for t in attend(last)),  # type: ignore[arg-type]
+        case,
+    ).ok
+    flipped = tuple(t.unflatten(0, (2, 3)).flip(1).flatten(0, 1) for t in (out, lse))
+    assert not judge.judge_paged_attention_decode(flipped, case).ok  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_small_operators_with_a_bug_are_caught(dtype: torch.dtype) -> None:
     source = inputs.generator(4)
     x, residual = (inputs.normal(source, (7, 96), dtype) for _ in range(2))

@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from qsun_kernels.backends.problems import PreparedWeight
 from qsun_kernels.backends.triton import paged_attention_decode as attention
+from qsun_kernels.backends.triton import paged_attention_plan as plan
 from qsun_kernels.backends.triton import wna16_linear as linear
 from qsun_kernels.backends.triton import wna16_rows as rows
 from qsun_kernels.backends.triton import wna16_tiles as tiles
@@ -256,14 +257,19 @@ def attention_case(
     kv_dtype: torch.dtype | None = None,
     heads: tuple[int, int] = (32, 8),
     head_dim: int = 128,
-    parts: int = 1,
     window: int | None = None,
+    q_len: int = 1,
+    extras: bool = False,
 ) -> Callable[[], object]:
-    q = torch.zeros(2, heads[0], head_dim, dtype=dtype)
+    """Planned, run and merged. extras: with a softcap and sinks."""
+    q = torch.zeros(2 * q_len, heads[0], head_dim, dtype=dtype)
     cache = torch.zeros(4, heads[1], 16, head_dim, dtype=kv_dtype or dtype)
     table = torch.zeros(2, 16, dtype=torch.int32)
     lengths = torch.zeros(2, dtype=torch.int32)
-    return lambda: attention.paged_attention_decode(q, cache, cache, table, lengths, 0.1, window, parts)
+    sinks = torch.zeros(heads[0]) if extras else None
+    softcap = 30.0 if extras else None
+    arguments = (q, cache, cache, table, lengths, 0.1, window, softcap, sinks)
+    return lambda: attention.paged_attention_decode(*arguments)
 
 
 def small_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -295,7 +301,7 @@ def quick_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "W4 g128 bf16 act-order", linear_case(4, 128, bf16, act_order=True, added=True)
     yield "W8 channel fp32", linear_case(8, "channel", fp32, M=3, added=True)
     yield "32/8 x 128 bf16", attention_case(bf16)
-    yield "32/8 x 128 bf16 in parts", attention_case(bf16, parts=8, window=100)
+    yield "32/8 x 128 bf16, 5 tokens", attention_case(bf16, window=100, q_len=5, extras=True)
     yield "9/3 x 64 fp32 on bf16", attention_case(fp32, kv_dtype=bf16, heads=(9, 3), head_dim=64)
 
 
@@ -313,16 +319,17 @@ def more_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for bits, dtype, act_order in ((3, fp16, True), (4, bf16, True), (3, fp32, False), (4, fp32, True)):
         case = linear_case(bits, 64, dtype, M=33, symmetric=False, act_order=act_order, added=True)
         yield f"W{bits} g64 {dtype} act-order={act_order} M=33", case
-    for dtype, head_dim, heads, parts in (
+    for dtype, head_dim, heads, q_len in (
         (bf16, 64, (9, 3), 1),
-        (fp16, 80, (32, 32), 4),
-        (bf16, 96, (71, 1), 4),
+        (fp16, 80, (32, 32), 2),
+        (bf16, 96, (71, 1), 1),
+        (bf16, 128, (32, 2), 8),
         (fp16, 128, (28, 4), 1),
-        (bf16, 256, (8, 4), 1),
-        (fp32, 128, (32, 8), 4),
+        (bf16, 256, (8, 4), 8),
+        (fp32, 128, (32, 8), 8),
     ):
-        case = attention_case(dtype, heads=heads, head_dim=head_dim, parts=parts)
-        yield f"{heads} x {head_dim} {dtype} parts={parts}", case
+        case = attention_case(dtype, heads=heads, head_dim=head_dim, q_len=q_len, extras=q_len > 1)
+        yield f"{heads} x {head_dim} {dtype}, {q_len} tokens", case
     yield "fp16 on bf16", attention_case(fp16, kv_dtype=bf16)
     one = torch.zeros(2, 1, dtype=bf16)
     yield "rms_norm of one value", lambda: rms_norm(one, one[0], 1e-6, one)
@@ -331,7 +338,7 @@ def more_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "apply_rope of one pair", lambda: apply_rope(pair, pair, position, torch.zeros(1, 2))
     cache = torch.zeros(1, 1, 1, 2, dtype=bf16)
     yield "write_kv_cache of one head", lambda: write_kv_cache(pair, pair, cache, cache, position)
-    yield "1/1 x 1 bf16 in parts", attention_case(bf16, heads=(1, 1), head_dim=1, parts=2)
+    yield "1/1 x 1 bf16", attention_case(bf16, heads=(1, 1), head_dim=1)
 
 
 def tuned_cases() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -364,7 +371,9 @@ def main() -> None:
     }[which]
     for arch in map(int, arches):
         # The tensors are on the CPU, and the launchers decide by the device.
-        tiles.can_launch_early = lambda device, arch=arch: arch >= 90
+        for module in (tiles, attention, plan):
+            module.can_launch_early = lambda device, arch=arch: arch >= 90
+        plan.multiprocessors = lambda device: H100_MULTIPROCESSORS
         for module in (tiles, rows):
             module.multiplies_by_warpgroups = lambda device, arch=arch: arch == 90
         for name, call in cases():

@@ -21,6 +21,7 @@ from torch import Tensor
 from qsun_kernels import QuantSpec
 from qsun_kernels.backends.triton import IMPLEMENTATIONS, wna16_linear
 from qsun_kernels.backends.triton.paged_attention_decode import paged_attention_decode
+from qsun_kernels.backends.triton.paged_attention_plan import choose_rows, choose_tile, make_plan
 from qsun_kernels.testing import inputs
 
 PROT_NONE = 0
@@ -77,7 +78,7 @@ def linear(source: torch.Generator, bits: int, group_size: int | str, act_order:
         assert out.isfinite().all()
 
 
-def attention(source: torch.Generator, head_dim: int, block_size: int, parts: int) -> None:
+def attention(source: torch.Generator, head_dim: int, block_size: int, parts: int, q_len: int) -> None:
     """The block table has no column more than the lengths need, the cache no block."""
     lengths = [2 * block_size, 1, 0, 2 * block_size - 1]
     case = inputs.paged_attention_inputs(
@@ -88,17 +89,25 @@ def attention(source: torch.Generator, head_dim: int, block_size: int, parts: in
         head_dim=head_dim,
         block_size=block_size,
         dtype=torch.bfloat16,
+        q_len=q_len,
+        sinks=q_len > 1,
         spare_blocks=0,
     )
+    seq_lens = guarded(case.seq_lens)
+    tile = choose_tile(head_dim, torch.bfloat16, torch.bfloat16, choose_rows(3 * q_len))
+    plan = make_plan(seq_lens, parts, tile, q_len, None)
     out, lse = paged_attention_decode(
         guarded(case.q.contiguous()),
         guarded(case.k_cache),
         guarded(case.v_cache),
         guarded(case.block_table.contiguous()),
-        guarded(case.seq_lens),
+        seq_lens,
         case.softmax_scale,
         None,
-        parts,
+        None,
+        None if case.sinks is None else guarded(case.sinks),
+        None,
+        (plan,),
     )
     assert out.isfinite().all() and not lse.isnan().any()
 
@@ -117,8 +126,8 @@ def main() -> None:
         (8, "channel", False, 2),
     ):
         linear(source, bits, group_size, act_order, splits)
-    for head_dim, block_size, parts in ((20, 3, 1), (16, 16, 3), (80, 1, 2)):
-        attention(source, head_dim, block_size, parts)
+    for head_dim, block_size, parts, q_len in ((20, 3, 1, 1), (16, 100, 3, 1), (80, 1, 2, 2), (20, 70, 4, 7)):
+        attention(source, head_dim, block_size, parts, q_len)
 
     x, residual = (guarded(inputs.normal(source, (3, 130), torch.bfloat16)) for _ in range(2))
     run("rms_norm", x, guarded(torch.ones(130, dtype=torch.bfloat16)), 1e-6, residual)

@@ -22,8 +22,9 @@ SHARED_MEMORY_OF_SM_89 = 99 * 1024
 KERNELS = {
     "apply_rope_kernel",
     "dequantize_kernel",
-    "paged_attention_combine_kernel",
     "paged_attention_decode_kernel",
+    "paged_attention_merge_kernel",
+    "paged_attention_plan_kernel",
     "rms_norm_kernel",
     "silu_and_mul_kernel",
     "wna16_combine_kernel",

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-from qsun_kernels import paged_attention_decode
+from qsun_kernels import paged_attention_decode, plan_paged_attention
 from qsun_kernels.backends.triton import paged_attention_decode as implementation
-from qsun_kernels.backends.triton.paged_attention_decode import MAX_PARTS, choose_parts, choose_tile
+from qsun_kernels.backends.triton.paged_attention_plan import choose_rows, choose_tile, make_plan
 from qsun_kernels.testing import inputs
 from qsun_kernels.testing.inputs import PagedAttentionInputs
 from qsun_kernels.testing.judge import judge_paged_attention_decode
@@ -29,6 +29,9 @@ def attend(case: PagedAttentionInputs, parts: int | None = None) -> tuple[Tensor
     """(out, lse), with outputs that are NaN until they are written; parts: None lets the launcher decide."""
     with inputs.poisoned_outputs():
         if parts is not None:
+            rows = case.q_len * case.q.shape[1] // case.k_cache.shape[1]
+            tile = choose_tile(case.q.shape[2], case.q.dtype, case.k_cache.dtype, choose_rows(rows))
+            plan = make_plan(case.seq_lens, parts, tile, case.q_len, case.window)
             return implementation.paged_attention_decode(
                 case.q,
                 case.k_cache,
@@ -37,7 +40,10 @@ def attend(case: PagedAttentionInputs, parts: int | None = None) -> tuple[Tensor
                 case.seq_lens,
                 case.softmax_scale,
                 case.window,
-                parts,
+                case.softcap,
+                case.sinks,
+                None,
+                (plan,),
             )
         return paged_attention_decode(
             case.q,
@@ -47,6 +53,8 @@ def attend(case: PagedAttentionInputs, parts: int | None = None) -> tuple[Tensor
             case.seq_lens,
             softmax_scale=case.softmax_scale,
             window=case.window,
+            softcap=case.softcap,
+            sinks=case.sinks,
             lse=True,
             backend="triton",
         )
@@ -62,6 +70,9 @@ def batch(
     dtype: torch.dtype = torch.float32,
     kv_dtype: torch.dtype | None = None,
     window: int | None = None,
+    q_len: int = 1,
+    softcap: float | None = None,
+    sinks: bool = False,
     seed: int = 0,
     std: float = 1.0,
 ) -> PagedAttentionInputs:
@@ -76,6 +87,9 @@ def batch(
         kv_dtype=kv_dtype,
         device=device,
         window=window,
+        q_len=q_len,
+        softcap=softcap,
+        sinks=sinks,
         std=std,
     )
 
@@ -94,7 +108,7 @@ def test_heads_and_widths(
 
 @pytest.mark.parametrize("block_size", [1, 3, 16, 64])
 def test_block_sizes_and_lengths_around_a_tile(device: torch.device, block_size: int) -> None:
-    tile = choose_tile(64, torch.bfloat16, torch.bfloat16)
+    tile = choose_tile(64, torch.bfloat16, torch.bfloat16, 16)
     case = batch(
         device,
         [tile - 1, tile, tile + 1, 2 * tile, 0],
@@ -130,6 +144,75 @@ def test_parts(device: torch.device, parts: int) -> None:
     judge_paged_attention_decode(got, case).require()
     again = attend(case, parts)
     assert torch.equal(got[0], again[0]) and torch.equal(got[1], again[1])
+
+
+GROUPS_TOKENS_WIDTHS = [
+    ((2, 2), 8, 64),
+    ((8, 2), 2, 96),
+    ((5, 1), 1, 64),
+    ((6, 1), 5, 20),
+    ((7, 1), 2, 128),
+    ((8, 1), 5, 64),
+    ((16, 1), 1, 256),
+    ((16, 1), 8, 40),
+    ((20, 1), 2, 80),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("heads", "q_len", "head_dim"), GROUPS_TOKENS_WIDTHS)
+def test_groups_and_tokens(
+    device: torch.device, heads: tuple[int, int], q_len: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    """Rows of one program and of several; requests whole, cut, empty, and shorter than their new tokens."""
+    case = batch(device, [170, 3, 0, 40], heads=heads, head_dim=head_dim, dtype=dtype, q_len=q_len)
+    judge_paged_attention_decode(attend(case, 3), case).require()
+
+
+@pytest.mark.parametrize("parts", [1, 4], ids="{} parts".format)
+@pytest.mark.parametrize("q_len", [2, 8])
+@pytest.mark.parametrize("window", [1, 5, 90])
+def test_windows_of_several_tokens(device: torch.device, window: int, q_len: int, parts: int) -> None:
+    """Each token has its own window; what lies before the first one's is NaN."""
+    case = batch(device, [150, 1, 7, 0, 40], heads=(2, 1), window=window, q_len=q_len, seed=window)
+    judge_paged_attention_decode(attend(case, parts), case).require()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("softcap", "sinks", "q_len"), [(0.5, False, 1), (30.0, True, 1), (None, True, 1), (4.0, True, 3)]
+)
+def test_softcap_and_sinks(
+    device: torch.device, softcap: float | None, sinks: bool, q_len: int, dtype: torch.dtype
+) -> None:
+    """Requests that lie in one part, that are merged, and one of length 0."""
+    case = batch(
+        device, [300, 0, 20], dtype=dtype, head_dim=64, q_len=q_len, softcap=softcap, sinks=sinks, std=2.0
+    )
+    for parts in (1, 3):
+        out, lse = attend(case, parts)
+        judge_paged_attention_decode((out, lse), case).require()
+        nobody = slice(q_len, 2 * q_len)
+        expected = torch.full_like(lse, -torch.inf) if case.sinks is None else case.sinks.expand_as(lse)
+        assert not out[nobody].any() and torch.equal(lse[nobody], expected[nobody])
+
+
+@pytest.mark.parametrize("parts", [2, 7, 40], ids="{} parts".format)
+def test_a_skewed_batch(device: torch.device, parts: int) -> None:
+    """The longest request lies in most parts, and most requests in one part."""
+    lengths = inputs.zipf_lengths(inputs.generator(4), 20, 2500, 1.5)
+    case = batch(device, lengths, heads=(2, 1), head_dim=64, block_size=16, dtype=torch.bfloat16)
+    got = attend(case, parts)
+    judge_paged_attention_decode(got, case).require()
+    assert all(torch.equal(a, b) for a, b in zip(got, attend(case, parts), strict=True))
+
+
+def test_out_is_written_and_returned(device: torch.device) -> None:
+    case = batch(device, [40, 0], dtype=torch.bfloat16, q_len=2)
+    out = torch.full(case.q.shape, torch.nan, dtype=case.q.dtype, device=device)
+    arguments = (case.q, case.k_cache, case.v_cache, case.block_table, case.seq_lens)
+    got = paged_attention_decode(*arguments, softmax_scale=case.softmax_scale, out=out, backend="triton")
+    assert got is out and torch.equal(out, attend(case)[0])
 
 
 @pytest.mark.parametrize("batch_size", [0, 1, 9])
@@ -212,20 +295,10 @@ def test_any_softmax_scale(device: torch.device, softmax_scale: float) -> None:
     judge_paged_attention_decode(attend(case), case).require()
 
 
-def test_parts_fill_the_device_but_no_more() -> None:
-    assert choose_parts(1, 100, 132) == 1
-    assert choose_parts(8, 131072, 132) == 66
-    assert choose_parts(8, 1024, 132) == 4
-    assert choose_parts(512, 131072, 132) == 2
-    assert choose_parts(2048, 131072, 132) == 1
-    assert choose_parts(1, 10**7, 132) == MAX_PARTS
-    assert choose_parts(1, 0, 132) == 1
-
-
 @pytest.mark.gpu
-def test_as_many_parts_as_there_can_be(device: torch.device) -> None:
+def test_more_parts_than_tiles(device: torch.device) -> None:
     case = batch(device, [20_000, 1, 0], heads=(4, 1), head_dim=128, block_size=16, dtype=torch.bfloat16)
-    judge_paged_attention_decode(attend(case, MAX_PARTS), case).require()
+    judge_paged_attention_decode(attend(case, 500), case).require()
 
 
 @pytest.mark.gpu
@@ -245,6 +318,48 @@ def test_model_sizes(
     got = attend(case)
     judge_paged_attention_decode(got, case).require()
     assert torch.equal(got[0], attend(case)[0])
+
+
+@pytest.mark.gpu
+def test_a_captured_plan_is_made_anew(device: torch.device) -> None:
+    """One plan for two calls, all three in the graph; thousands of requests."""
+    lengths = inputs.zipf_lengths(inputs.generator(3), 3000, 60_000, 1.2, minimum=0)
+    case = batch(device, lengths, heads=(8, 2), head_dim=64, block_size=16, dtype=torch.bfloat16)
+    first = case.seq_lens.clone()
+
+    def both() -> tuple[Tensor, Tensor]:
+        plan = plan_paged_attention(
+            case.seq_lens,
+            num_q_heads=8,
+            num_kv_heads=2,
+            head_dim=64,
+            block_size=16,
+            dtype=torch.bfloat16,
+            backend="triton",
+        )
+        arguments = (case.block_table, case.seq_lens)
+        scale = case.softmax_scale
+        return (
+            paged_attention_decode(
+                case.q, case.k_cache, case.v_cache, *arguments, softmax_scale=scale, plan=plan
+            ),
+            paged_attention_decode(
+                case.q, case.v_cache, case.k_cache, *arguments, softmax_scale=scale, plan=plan
+            ),
+        )
+
+    both()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = both()
+    for new in (first, first // 3, torch.zeros_like(first), first):
+        case.seq_lens.copy_(new)
+        for tensor in got:
+            tensor.fill_(torch.nan)
+        graph.replay()
+        # Planned by themselves, they agree bit for bit with what the graph planned.
+        for replayed, again in zip(got, both(), strict=True):
+            assert torch.equal(replayed, again) and not replayed.isnan().any()
 
 
 @pytest.mark.gpu

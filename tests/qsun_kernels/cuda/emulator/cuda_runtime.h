@@ -77,6 +77,7 @@ void copy_bulk(uint32_t shared, const void* global, int bytes, uint32_t barrier)
 
 enum class Format { kFloat16, kBFloat16 };
 void load_matrices(uint32_t (&r)[4], uint32_t row_address);
+void load_matrices_transposed(uint32_t (&r)[4], uint32_t row_address);
 void multiply(Format format, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
 void wait_for_producers();
@@ -97,6 +98,25 @@ T __shfl_sync(unsigned mask, T value, int lane) {
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
   return __shfl_sync(mask, value, static_cast<int>(threadIdx.x % 32) ^ lane_mask);
+}
+
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, int distance) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  return __shfl_sync(mask, value, lane < distance ? lane : lane - distance);
+}
+
+// Fibers change places only where they wait: an ordinary addition is atomic.
+inline int atomicAdd(int* address, int value) {
+  const int before = *address;
+  *address = before + value;
+  return before;
+}
+inline void __threadfence() {}
+
+template <typename T>
+T __ldcg(const T* address) {
+  return *address;
 }
 
 template <typename T>

@@ -58,11 +58,18 @@ __global__ void multiply_kernel(const void* a, const void* b, float* c, int abse
 }
 
 // r: (4 matrices, 32 lanes); rows: an address offset a lane
-__global__ void load_kernel(const void* source, int bytes, const int* offsets, uint32_t* r) {
+__global__ void load_kernel(const void* source, int bytes, const int* offsets, uint32_t* r, int transposed) {
   copy_to_shared(dynamic_shared(), source, bytes);
   uint32_t loaded[4];
-  load_matrices(loaded, shared_address(dynamic_shared()) + offsets[threadIdx.x]);
+  const uint32_t address = shared_address(dynamic_shared()) + offsets[threadIdx.x];
+  transposed ? load_matrices_transposed(loaded, address) : load_matrices(loaded, address);
   for (int i = 0; i < 4; ++i) r[i * 32 + threadIdx.x] = loaded[i];
+}
+
+// The shuffles and the counting that lanes do one for another.
+__global__ void count_kernel(int distance, int64_t* from_below, int* counter, int* before) {
+  from_below[threadIdx.x] = __shfl_up_sync(kAllLanes, int64_t{threadIdx.x} << 33, distance);
+  before[threadIdx.x] = atomicAdd(counter, 2);
 }
 
 // Lanes below 16 shuffle, the others are at a barrier of the warp, and then the other way round.
@@ -307,10 +314,14 @@ ENTRY multiply(int dtype, const void* a, const void* b, float* c, int absent_lan
   }));
 }
 
-ENTRY load(const void* source, int bytes, const int* offsets, uint32_t* r) {
+ENTRY load(const void* source, int bytes, const int* offsets, uint32_t* r, int transposed) {
   LaunchOptions options;
   options.shared_bytes = bytes;
-  return run(options, load_kernel, dim3(1), 32, source, bytes, offsets, r);
+  return run(options, load_kernel, dim3(1), 32, source, bytes, offsets, r, transposed);
+}
+
+ENTRY count(int distance, int64_t* from_below, int* counter, int* before) {
+  return run({}, count_kernel, dim3(1), 32, distance, from_below, counter, before);
 }
 
 ENTRY mixed() { return run({}, mixed_kernel, dim3(1), 32); }

@@ -1,6 +1,7 @@
 // The scheduler: every thread of a cluster is a fiber that runs until it must wait for others.
-// QSUN_EMULATOR_ORDER picks which fiber goes first between two barriers: forward (default), reverse, or a
-// number that seeds a random order. A kernel that is right gives the same bits for all.
+// QSUN_EMULATOR_ORDER picks which fiber goes first between two barriers, and which cluster of a grid:
+// forward (default), reverse, or a number that seeds a random order. A kernel that is right gives the same
+// bits for all.
 //
 // A fiber is started once, with ucontext, and then serves thread after thread: between fibers _longjmp takes
 // nanoseconds where swapcontext, which saves the signal mask, enters the operating system.
@@ -275,13 +276,13 @@ std::string run(const Launch& launch) {
   running = &launch;
   failure.clear();
   const std::vector<int> order = visiting_order(threads);
-  for (unsigned z = 0; z < grid.z && failure.empty(); z += cluster.z) {
-    for (unsigned y = 0; y < grid.y && failure.empty(); y += cluster.y) {
-      for (unsigned x = 0; x < grid.x && failure.empty(); x += cluster.x) {
-        start_cluster(launch, dim3(x, y, z));
-        run_cluster(order);
-      }
-    }
+  const unsigned x_clusters = grid.x / cluster.x, y_clusters = grid.y / cluster.y;
+  for (const int index : visiting_order(static_cast<int>(x_clusters * y_clusters * (grid.z / cluster.z)))) {
+    const unsigned i = static_cast<unsigned>(index);
+    start_cluster(launch, dim3(i % x_clusters * cluster.x, i / x_clusters % y_clusters * cluster.y,
+                               i / x_clusters / y_clusters * cluster.z));
+    run_cluster(order);
+    if (!failure.empty()) break;
   }
   // Threads that did not reach their end would go on in the middle of this kernel.
   for (int i = 0; i < threads; ++i) {

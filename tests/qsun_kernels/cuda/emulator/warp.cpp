@@ -28,7 +28,7 @@ struct Product {
   uint32_t b0, b1;
 };
 
-enum class Kind : uint8_t { kBarrier, kShuffle, kLoad, kProduct };
+enum class Kind : uint8_t { kBarrier, kShuffle, kLoad, kLoadTransposed, kProduct };
 
 // Where the lanes left what they bring; their stacks stay while they wait.
 struct Warp {
@@ -51,6 +51,18 @@ void load_lanes(const void* const (&lanes)[kLanes]) {
     for (int i = 0; i < 4; ++i) {
       const unsigned char* row = static_cast<const Load*>(lanes[8 * i + lane / 4])->row;
       std::memcpy(static_cast<const Load*>(lanes[lane])->r + i, row + lane % 4 * 4, 4);
+    }
+  }
+}
+
+void load_lanes_transposed(const void* const (&lanes)[kLanes]) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      auto* pair = reinterpret_cast<unsigned char*>(static_cast<const Load*>(lanes[lane])->r + i);
+      for (int half = 0; half < 2; ++half) {
+        const unsigned char* row = static_cast<const Load*>(lanes[8 * i + lane % 4 * 2 + half])->row;
+        std::memcpy(pair + half * 2, row + lane / 4 * 2, 2);
+      }
     }
   }
 }
@@ -89,6 +101,7 @@ __attribute__((no_sanitize("undefined"))) void multiply_lanes(const void* const 
 void perform(Kind kind, const void* const (&lanes)[kLanes]) {
   if (kind == Kind::kShuffle) return shuffle_lanes(lanes);
   if (kind == Kind::kLoad) return load_lanes(lanes);
+  if (kind == Kind::kLoadTransposed) return load_lanes_transposed(lanes);
   if (kind == Kind::kBarrier) return;
   const Format format = static_cast<const Product*>(lanes[0])->format;
   format == Format::kFloat16 ? multiply_lanes<Float16>(lanes) : multiply_lanes<BFloat16>(lanes);
@@ -130,6 +143,11 @@ void exchange(const void* mine, void* theirs, unsigned size, unsigned mask, int 
 void load_matrices(uint32_t (&r)[4], uint32_t row_address) {
   const Load load{at_address(row_address, 16), r};
   together(Kind::kLoad, &load);
+}
+
+void load_matrices_transposed(uint32_t (&r)[4], uint32_t row_address) {
+  const Load load{at_address(row_address, 16), r};
+  together(Kind::kLoadTransposed, &load);
 }
 
 void multiply(Format format, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

@@ -13,6 +13,10 @@ inline void copy_async_streamed(uint32_t shared, const void* global, uint64_t) {
   emulator::copy_async(shared, global, 16);
 }
 
+inline void copy_async_streamed_or_zero(uint32_t shared, const void* global, int bytes, uint64_t) {
+  emulator::copy_async(shared, global, bytes);
+}
+
 inline void copy_async_or_zero(uint32_t shared, const void* global, int bytes) {
   emulator::copy_async(shared, global, bytes);
 }

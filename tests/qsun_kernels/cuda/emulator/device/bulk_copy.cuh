@@ -6,7 +6,13 @@
 
 #include "device/shared.cuh"
 
+#define QSUN_HAS_COPY_ENGINE 1
+
 namespace qsun {
+
+// Emulated copies are made when they are asked for, or when they are waited for: either way after what the
+// thread has written before.
+inline void order_before_copies() {}
 
 inline void init_barrier(uint32_t barrier, int arrivals) { emulator::init_barrier(barrier, arrivals); }
 

@@ -17,4 +17,8 @@ inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
 
 inline void load_matrices(uint32_t (&r)[4], uint32_t row_address) { emulator::load_matrices(r, row_address); }
 
+inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t row_address) {
+  emulator::load_matrices_transposed(r, row_address);
+}
+
 }  // namespace qsun

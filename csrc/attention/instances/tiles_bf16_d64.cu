@@ -1,0 +1,11 @@
+#include "attention/tiles.cuh"
+
+namespace qsun {
+
+template <>
+cudaError_t launch_paged_attention_tiles<__nv_bfloat16, 64>(const PagedAttentionDecodeParams& params,
+                                                            const PagedAttentionDecodeConfig& config) {
+  return launch_tiles<__nv_bfloat16, 64>(params, config);
+}
+
+}  // namespace qsun

@@ -1,0 +1,81 @@
+// The plan of the planned attention kernel: how a batch's work is cut into parts of equal size.
+//
+// The work of one request under one key head is one unit for its own sake (queries to load, a result to
+// store) and one for every tile of 64 positions that it attends to. All units stand in one line, by key head,
+// then request; the parts are equal pieces of it, a block of the grid each:
+//
+//   units    | head 0                                | head 1                                | ..
+//            | request 0   | request 1          | .. | request 0   | ..
+//            | 1 | t t t t | 1 | t t t t t t t t | .. |
+//   parts    | part 0            | part 1            | part 2            | ..
+//
+// The plan lies in one piece of device memory, in 32-bit words:
+//
+//   header    4          see PlanHeader
+//   parts     4 * parts  see PartStart
+//   lengths   batch      of the requests, below zero made zero
+//   counters  batch * num_kv_heads, zero between launches: parts of a request that have left their result
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "qsun/paged_attention_decode.h"
+
+namespace qsun {
+
+constexpr int kTileTokens = 64;
+constexpr int kMaxPlannedBatch = 32768;  // starts of the requests lie in the planning block's shared memory
+constexpr int64_t kMaxTokens = 1 << 30;  // positions count in 32 bits on the device
+
+// Part p owns units [p * share, (p + 1) * share), the last part what is left.
+struct alignas(16) PlanHeader {
+  int total;  // units
+  int share;
+  int used;  // parts that have any
+  int unused;
+};
+
+// Where part p begins: in the units of `request` under `head`, whose first unit is `start`; and the length of
+// that request, which the part then need not wait for. Undefined for parts from `used` on.
+struct alignas(16) PartStart {
+  int request;
+  int head;
+  int start;
+  int length;
+};
+
+// The plan's pieces in memory.
+struct PlanPointers {
+  PlanHeader* header;
+  PartStart* parts;
+  int32_t* lengths;
+  int32_t* counters;  // (num_kv_heads, batch)
+};
+
+inline PlanPointers plan_pointers(const PagedAttentionDecodeParams& p,
+                                  const PagedAttentionDecodeConfig& config) {
+  PlanPointers plan;
+  plan.header = static_cast<PlanHeader*>(p.plan);
+  plan.parts = reinterpret_cast<PartStart*>(plan.header + 1);
+  plan.lengths = reinterpret_cast<int32_t*>(plan.parts + config.parts);
+  plan.counters = plan.lengths + p.batch;
+  return plan;
+}
+
+inline int64_t plan_bytes(const PagedAttentionDecodeParams& p, const PagedAttentionDecodeConfig& config) {
+  return static_cast<int64_t>(sizeof(PlanHeader) + sizeof(PartStart) * config.parts) +
+         (p.batch + p.batch * p.num_kv_heads) * static_cast<int64_t>(sizeof(int32_t));
+}
+
+// How many of the last positions of a request its query tokens attend to together.
+inline int reach(const PagedAttentionDecodeParams& p) {
+  const int64_t window = p.window < 0 || p.window > kMaxTokens ? kMaxTokens : p.window;
+  return static_cast<int>(window + p.q_len - 1);
+}
+
+cudaError_t launch_plan_paged_attention(const PagedAttentionDecodeParams& params,
+                                        const PagedAttentionDecodeConfig& config);
+
+}  // namespace qsun

@@ -1,0 +1,117 @@
+// The end of a part's share of a request: where its rows go, and the merge of several parts.
+#pragma once
+
+#include "attention/rows.cuh"
+#include "device/vector.cuh"
+
+namespace qsun {
+namespace {
+
+constexpr float kLn2 = 0.6931471805599453f;
+
+// What turns sums relative to a maximum into a result.
+struct RowTotal {
+  float factor;  // of the values
+  float lse;     // to the base 2
+};
+
+// sink: to the base 2; -infinity for none.
+__device__ __forceinline__ RowTotal total_of(float maximum, float sum, float sink) {
+  const float higher = fmaxf(maximum, sink);
+  const float reference = reference_of(higher);
+  const float own = exp2f(maximum - reference);
+  sum = sum * own + exp2f(sink - reference);
+  const bool is_empty = higher == -INFINITY && sum == 0.0f;
+  return {sum == 0.0f ? 0.0f : own / sum, is_empty ? -INFINITY : higher + log2f(sum)};
+}
+
+// Results of one request under one key head. In one part they are final; else the part's rows go to scratch.
+template <typename T, int kHeadDim>
+struct Results {
+  const TilesArguments& a;
+  const Share& share;
+  uint32_t places;            // see load_row_place
+  int first_part, last_part;  // of those with tiles of the request
+  int part;
+
+  __device__ __forceinline__ bool is_whole() const { return first_part == last_part; }
+
+  // Row of (batch * q_len, num_q_heads).
+  __device__ __forceinline__ int64_t row_of(RowPlace place) const {
+    return (share.request * a.p.q_len + place.token) * a.p.num_q_heads + share.head * a.group + place.head;
+  }
+  __device__ __forceinline__ float sink_of(RowPlace place) const {
+    return a.p.sinks == nullptr ? -INFINITY : a.p.sinks[share.head * a.group + place.head] * kLog2E;
+  }
+  __device__ __forceinline__ int64_t slot_row(int of_part, int row) const {
+    return static_cast<int64_t>(2 * of_part + (of_part == first_part ? 1 : 0)) * a.rows + row;
+  }
+
+  // What the row's values are to be multiplied by; stores its lse if `stores`.
+  __device__ __forceinline__ float end_row(int row, float maximum, float sum, bool stores) const {
+    const RowPlace place = load_row_place(places, row);
+    const RowTotal total = total_of(maximum, sum, is_whole() ? sink_of(place) : -INFINITY);
+    if (stores) {
+      if (is_whole()) {
+        a.p.lse[row_of(place)] = total.lse * kLn2;
+      } else {
+        a.partial.lse[slot_row(part, row)] = total.lse;
+      }
+    }
+    return total.factor;
+  }
+
+  // Where a row's values go: as T when is_whole().
+  __device__ __forceinline__ T* target(int row) const {
+    return static_cast<T*>(a.p.out) + row_of(load_row_place(places, row)) * kHeadDim;
+  }
+  __device__ __forceinline__ float* partial_target(int row) const {
+    return a.partial.out + slot_row(part, row) * kHeadDim;
+  }
+
+  // Puts the parts' rows together, in the order of the parts. A warp a row; all lanes take part.
+  __device__ __forceinline__ void merge(int warp, int warps, int lane) const {
+    constexpr int kElements = kHeadDim / kWarp;  // of a lane
+    const int parts = last_part - first_part + 1;
+#pragma unroll 1
+    for (int row = warp; row < a.rows; row += warps) {
+      float maximum = -INFINITY;
+#pragma unroll 1
+      for (int i = lane; i < parts; i += kWarp) {
+        maximum = fmaxf(maximum, load_past_l1(a.partial.lse + slot_row(first_part + i, row)));
+      }
+#pragma unroll
+      for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+        maximum = fmaxf(maximum, __shfl_xor_sync(kAllLanes, maximum, distance));
+      }
+      const float reference = reference_of(maximum);
+      float sum = 0.0f;
+      float values[kElements] = {};
+#pragma unroll 1
+      for (int base = 0; base < parts; base += kWarp) {
+        float weight = 0.0f;
+        if (base + lane < parts) {
+          weight = exp2f(load_past_l1(a.partial.lse + slot_row(first_part + base + lane, row)) - reference);
+        }
+        sum += weight;
+        const int count = min(parts - base, kWarp);
+#pragma unroll 4
+        for (int i = 0; i < count; ++i) {
+          const float of_part = __shfl_sync(kAllLanes, weight, i);
+          const float* source = a.partial.out + slot_row(first_part + base + i, row) * kHeadDim + lane;
+#pragma unroll
+          for (int e = 0; e < kElements; ++e) values[e] += of_part * load_past_l1(source + e * kWarp);
+        }
+      }
+      const RowPlace place = load_row_place(places, row);
+      const RowTotal total = total_of(maximum, warp_sum(sum), sink_of(place));
+      T* out = target(row) + lane;
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) out[e * kWarp] = from_float<T>(values[e] * total.factor);
+      if (lane == 0) a.p.lse[row_of(place)] = total.lse * kLn2;
+    }
+  }
+};
+
+}  // namespace
+}  // namespace qsun

@@ -1,0 +1,150 @@
+// The planned kernel's way through its part of the work, and the copies that run ahead on it.
+#pragma once
+
+#include "attention/plan.cuh"
+#include "attention/tiles.h"
+#include "device/async_copy.cuh"
+#include "device/reduce.cuh"
+#include "device/trap.cuh"
+
+namespace qsun {
+namespace {
+
+// Evaluated here: functions of the host have no place in a kernel.
+template <int kHeadDim>
+constexpr int kRowBytes = tile_row_bytes(kHeadDim);
+template <int kHeadDim>
+constexpr int kQuarterBytes = quarter_bytes(kHeadDim);
+
+struct TilesArguments {
+  PagedAttentionDecodeParams p;
+  PlanPointers plan;
+  PartialRows partial;
+  int group;  // query heads a key head
+  int rows;   // group * q_len; row j * group + h is query token j of the group's head h
+  int reach;
+  int window;  // of one query token
+  int block_log2;
+  int stages;
+  float score_scale;  // what a product q k takes to become a score to the base 2, or the softcap's argument
+  float softcap;      // to the base 2; 0: none
+};
+
+// A part's share of one request under one key head.
+struct Share {
+  int request;
+  int head;
+  int start;   // first unit of the request
+  int tiles;   // of the request
+  int length;  // positions of the request
+  int first;   // first position attended to
+  int begin;   // the share: quarters [begin, end), counted from position 0
+  int end;
+};
+
+// Goes through the shares of a part.
+struct Walk {
+  const TilesArguments& a;
+  int begin, end;  // units of the part
+  Share share;
+
+  __device__ __forceinline__ bool is_done() const { return share.start >= end; }
+
+  __device__ __forceinline__ void enter(int request, int head, int start, int length) {
+    share.request = request, share.head = head, share.start = start, share.length = length;
+    trap_unless(share.length <= a.p.max_blocks << a.block_log2);
+    share.first = first_token(share.length, a.reach);
+    share.tiles = tiles_of(share.length, a.reach);
+    // Units behind the request's own one are its tiles.
+    const int first_tile = share.first / kTileTokens - (start + 1);
+    share.begin = max((max(begin, start + 1) + first_tile) * kQuarters, share.first / kQuarterTokens);
+    share.end = min((min(end, start + 1 + share.tiles) + first_tile) * kQuarters,
+                    (share.length + kQuarterTokens - 1) / kQuarterTokens);
+  }
+
+  __device__ __forceinline__ void advance() {
+    share.start += 1 + share.tiles;
+    if (is_done()) return;
+    const int request = share.request + 1;
+    const bool wraps = request == a.p.batch;
+    const int next = wraps ? 0 : request;
+    enter(next, share.head + (wraps ? 1 : 0), share.start, a.plan.lengths[next]);
+  }
+};
+
+// A warp's way through its quarters, ahead of the multiplication.
+template <typename T, int kHeadDim>
+struct Copies {
+  static constexpr int kRow = kRowBytes<kHeadDim>;
+  static constexpr int kPieces = kHeadDim * 2 / 16;  // of 16 bytes, of a row
+
+  Walk walk;
+  int warp, lane;
+  uint64_t policy;
+  int step;   // tiles of the share that are copied
+  int block;  // lane i: the block of the quarter at step (step / 32 * 32 + i)
+
+  __device__ __forceinline__ void fetch_blocks() {
+    const Share& s = walk.share;
+    const TilesArguments& a = walk.a;
+    const int quarter = s.begin + (step + lane) * kQuarters + warp;
+    block = 0;
+    if (quarter >= s.end) return;
+    block = a.p.block_table[s.request * a.p.block_table_stride + (quarter * kQuarterTokens >> a.block_log2)];
+    trap_unless(block >= 0 && block < a.p.num_blocks);
+  }
+
+  // Copies the next tile's quarter to `target`: keys, then values.
+  __device__ __forceinline__ void next(uint32_t target) {
+    while (!walk.is_done() && walk.share.begin + step * kQuarters >= walk.share.end) {
+      walk.advance();
+      step = 0;
+    }
+    if (walk.is_done()) return;
+    const Share& s = walk.share;
+    const TilesArguments& a = walk.a;
+    if (step % kWarp == 0) fetch_blocks();
+    const int quarter = s.begin + step * kQuarters + warp;
+    const int64_t in_cache = __shfl_sync(kAllLanes, block, step % kWarp);
+    ++step;
+    if (quarter >= s.end) return;
+    const int token = quarter * kQuarterTokens;
+    const int64_t row =
+        ((in_cache * a.p.num_kv_heads + s.head) << a.block_log2) + (token & ((1 << a.block_log2) - 1));
+    const T* k = static_cast<const T*>(a.p.k_cache) + row * kHeadDim + lane * 8;
+    const T* v = static_cast<const T*>(a.p.v_cache) + row * kHeadDim + lane * 8;
+    if (token >= s.first && token + kQuarterTokens <= s.length) {
+#pragma unroll
+      for (int i = 0; i < kQuarterTokens * kPieces / kWarp; ++i) {
+        copy_async_streamed(target + offset_of(i), k + i * kWarp * 8, policy);
+      }
+#pragma unroll
+      for (int i = 0; i < kQuarterTokens * kPieces / kWarp; ++i) {
+        copy_async_streamed(target + kQuarterTokens * kRow + offset_of(i), v + i * kWarp * 8, policy);
+      }
+    } else {
+      // Zeros for positions that are not attended to: what lies there may be anything.
+#pragma unroll 1
+      for (int i = 0; i < kQuarterTokens * kPieces / kWarp; ++i) {
+        const int position = token + (i * kWarp + lane) / kPieces;
+        const int bytes = position >= s.first && position < s.length ? 16 : 0;
+        const uint32_t place = target + offset_of(i);
+        copy_async_streamed_or_zero(place, k + i * kWarp * 8, bytes, policy);
+        copy_async_streamed_or_zero(place + kQuarterTokens * kRow, v + i * kWarp * 8, bytes, policy);
+      }
+    }
+  }
+
+  // Where this lane's i-th piece goes.
+  __device__ __forceinline__ uint32_t offset_of(int i) const {
+    if constexpr (kWarp % kPieces == 0) {  // i times a constant, then: no arithmetic is left
+      return lane / kPieces * kRow + lane % kPieces * 16 + i * (kWarp / kPieces * kRow);
+    } else {
+      const int piece = i * kWarp + lane;
+      return piece / kPieces * kRow + piece % kPieces * 16;
+    }
+  }
+};
+
+}  // namespace
+}  // namespace qsun

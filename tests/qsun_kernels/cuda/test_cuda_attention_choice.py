@@ -1,0 +1,179 @@
+"""paged_attention_decode on CUDA: which kernel, which configuration, and what is refused. Needs no GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+from qsun_kernels.errors import KernelLaunchError
+
+FLOAT, HALF, BFLOAT = range(3)  # dtype codes
+
+
+@pytest.fixture
+def h100(extension):
+    return extension.DeviceProps(
+        compute_major=9, compute_minor=0, sm_count=132, shared_memory_per_block=227 * 1024, l2_bytes=50 << 20
+    )
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "head_dim", "max_blocks", "window", "expected"),
+    [
+        (1, (32, 8), 128, 64, -1, (4, 1, 16, 16)),  # 1K tokens in parts of 64
+        (1, (32, 8), 128, 4096, -1, (4, 1, 16, 66)),  # 64K tokens: four blocks a multiprocessor
+        (64, (32, 8), 128, 128, -1, (4, 1, 16, 2)),
+        (256, (32, 8), 128, 32, -1, (4, 1, 16, 1)),  # enough requests: nothing is cut
+        (256, (32, 8), 128, 2048, -1, (4, 1, 16, 8)),  # unless one could be much longer than the others
+        (1, (9, 3), 64, 8, -1, (4, 1, 8, 2)),
+        (1, (16, 1), 256, 4, -1, (8, 2, 32, 1)),
+        (1, (8, 8), 80, 4096, 100, (1, 1, 16, 2)),  # a window bounds what there is to cut
+        (0, (8, 8), 64, 4, -1, (1, 1, 8, 1)),
+        (2, (8, 8), 64, 0, -1, (1, 1, 8, 1)),
+    ],
+)
+def test_choose_paged_attention_split(
+    extension, h100, batch, heads, head_dim, max_blocks, window, expected
+) -> None:
+    sizes = (batch, 1, *heads, head_dim, 16, max_blocks, window, FLOAT, h100)
+    assert extension.choose_paged_attention_decode(*sizes) is None
+    assert extension.paged_attention_plan_bytes(None, *sizes) == 0
+    config = extension.choose_paged_attention_split(*sizes)
+    assert (config.head_tile, config.head_tiles, config.lanes, config.num_parts) == expected, repr(config)
+    assert config.grid == batch * heads[1] * config.head_tiles * config.num_parts
+    scratch = extension.paged_attention_decode_scratch_bytes(None, *sizes)
+    partial = batch * heads[0] * config.num_parts
+    assert scratch == (0 if config.num_parts == 1 else 4 * (-(-partial // 4) * 4 + partial * head_dim))
+
+
+def test_split_cuts_every_query_token(extension, h100) -> None:
+    """Each is a row of its own there: twice the tokens need half the parts."""
+    sizes = (2, 1, 8, 8, 64, 16, 4096, -1, FLOAT, h100)
+    one, four = (extension.choose_paged_attention_split(sizes[0], q_len, *sizes[2:]) for q_len in (1, 4))
+    assert (one.num_parts, four.num_parts) == (33, 16)
+    assert four.grid == 2 * 4 * 8 * 16
+
+
+@pytest.mark.parametrize(
+    ("heads", "q_len", "head_dim", "expected"),
+    [
+        ((32, 8), 1, 64, (4, 4, 2)),
+        ((32, 8), 1, 96, (4, 4, 2)),
+        ((32, 8), 1, 128, (4, 3, 2)),
+        ((32, 8), 1, 256, (4, 3, 1)),  # two rings do not fit
+        ((64, 4), 4, 128, (4, 3, 2)),  # 64 query rows: 16 a warp
+        ((64, 4), 5, 128, (8, 4, 1)),  # 80 rows: eight warps
+        ((16, 1), 8, 256, (8, 3, 1)),
+    ],
+)
+def test_choose_paged_attention_decode(extension, h100, heads, q_len, head_dim, expected) -> None:
+    sizes = (3, q_len, *heads, head_dim, 16, 64, -1, BFLOAT, h100)
+    config = extension.choose_paged_attention_decode(*sizes)
+    assert (config.warps, config.stages, config.blocks_per_sm) == expected, repr(config)
+    assert config.parts == config.blocks_per_sm * h100.sm_count and config.overlaps_producer
+    rows = heads[0] // heads[1] * q_len
+    assert rows <= config.warps * 16
+    ring = config.stages * 4 * 2 * 16 * (head_dim * 2 + 16)
+    assert config.blocks_per_sm * (ring + 3072) <= 228 * 1024
+    assert extension.paged_attention_plan_bytes(None, *sizes) == (
+        16 + 16 * config.parts + 4 * 3 * (1 + heads[1])
+    )
+    slots = 2 * config.parts * rows
+    scratch = extension.paged_attention_decode_scratch_bytes(None, *sizes)
+    assert scratch == 4 * (-(-slots // 4) * 4 + slots * head_dim)
+
+
+def test_a_ring_fits_an_older_gpu(extension) -> None:
+    a100 = extension.DeviceProps(
+        compute_major=8, compute_minor=0, sm_count=108, shared_memory_per_block=163 * 1024, l2_bytes=40 << 20
+    )
+    for head_dim, expected in ((64, (4, 2)), (96, (3, 2)), (128, (4, 1)), (256, (2, 1))):
+        config = extension.choose_paged_attention_decode(1, 1, 8, 8, head_dim, 16, 64, -1, HALF, a100)
+        assert (config.stages, config.blocks_per_sm) == expected, repr(config)
+        assert not config.overlaps_producer
+
+
+@pytest.mark.parametrize(
+    ("change", "is_planned"),
+    [
+        ({}, True),
+        ({"dtype": HALF}, True),
+        ({"dtype": FLOAT}, False),
+        ({"head_dim": 80}, False),
+        ({"block_size": 8}, False),
+        ({"num_q_heads": 16 * 2, "q_len": 8}, True),
+        ({"num_q_heads": 17 * 2, "q_len": 8}, False),  # 136 query rows
+        ({"batch": 32768}, True),
+        ({"batch": 32769}, False),
+    ],
+)
+def test_which_kernel_serves_which_sizes(extension, h100, change, is_planned) -> None:
+    sizes = {
+        "batch": 1, "q_len": 1, "num_q_heads": 8, "num_kv_heads": 2, "head_dim": 128, "block_size": 16,
+        "max_blocks": 4, "window": -1, "dtype": BFLOAT, "props": h100, **change,
+    }  # fmt: skip
+    assert (extension.choose_paged_attention_decode(**sizes) is not None) == is_planned
+    assert (extension.paged_attention_plan_bytes(config=None, **sizes) > 0) == is_planned
+
+
+# ---- refused arguments
+
+ADDRESS = 4096
+SIZES = {
+    "batch": 2, "q_len": 1, "num_q_heads": 4, "num_kv_heads": 2, "head_dim": 64, "block_size": 16,
+    "window": -1, "dtype": HALF, "device": 0, "stream": 0,
+}  # fmt: skip
+CALLS = {
+    "plan_paged_attention": {**SIZES, "seq_lens": ADDRESS, "plan": ADDRESS, "plan_bytes": 2**30},
+    "paged_attention_decode": {
+        **SIZES,
+        **dict.fromkeys(("q", "k_cache", "v_cache", "block_table", "seq_lens"), ADDRESS),
+        **dict.fromkeys(("out", "lse", "plan", "scratch"), ADDRESS),
+        **{"sinks": 0, "plan_bytes": 2**30, "scratch_bytes": 2**30, "num_blocks": 8, "max_blocks": 4},
+        **{"q_stride": 256, "block_table_stride": 4, "softmax_scale": 0.125, "softcap": 0.0},
+    },
+}
+"""Arguments that pass every check. The addresses are never followed: what is wrong is refused before."""
+CONFIG = {"warps": 4, "stages": 3, "blocks_per_sm": 1, "parts": 5, "min_part_units": 1}
+
+
+@pytest.mark.damaged
+@pytest.mark.parametrize("operator", CALLS)
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        ({"warps": 5}, {}, "config.warps is 5; expected one of 4 8"),
+        ({}, {"num_q_heads": 32, "q_len": 8}, "config.warps * 16 is 64; expected at least 128"),
+        ({"stages": 1}, {}, "config.stages is 1; expected at least 2"),
+        ({"stages": 5}, {}, "config.stages is 5; expected at most 4"),
+        ({"parts": 0}, {}, "config.parts is 0; expected at least 1"),
+        ({"parts": 8193}, {}, "config.parts is 8193; expected at most 8192"),
+        ({"min_part_units": 0}, {}, "config.min_part_units is 0; expected at least 1"),
+        ({}, {"head_dim": 80}, "config is given; expected sizes that the planned kernel takes"),
+        ({}, {"plan_bytes": 119}, "plan_bytes is 119; expected at least 120"),
+        ({}, {"plan": 0}, "plan is null"),
+    ],
+)
+def test_refused_configurations(extension, operator, config, change, message) -> None:
+    told = extension.PagedAttentionDecodeConfig(**{**CONFIG, **config}, overlaps_producer=False)
+    with pytest.raises(KernelLaunchError) as caught:
+        getattr(extension, operator)(**{**CALLS[operator], **change, "config": told})
+    assert caught.value.operator == operator and message in caught.value.error
+
+
+@pytest.mark.damaged
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": ADDRESS + 2}, "q is misaligned; expected an address divisible by 4"),
+        ({"q_stride": 257}, "q_stride is 257; expected a multiple of 2"),
+        ({"out": ADDRESS + 4}, "out is misaligned; expected an address divisible by 8"),
+        ({"scratch_bytes": 5199}, "scratch_bytes is 5199; expected at least 5200"),
+        ({"scratch": 0}, "scratch is null"),
+    ],
+)
+def test_refused_by_the_planned_kernel(extension, change, message) -> None:
+    told = extension.PagedAttentionDecodeConfig(**CONFIG, overlaps_producer=False)
+    arguments = {**CALLS["paged_attention_decode"], **change, "config": told}
+    with pytest.raises(KernelLaunchError) as caught:
+        extension.paged_attention_decode(**arguments)
+    assert message in caught.value.error
