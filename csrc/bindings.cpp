@@ -369,8 +369,8 @@ void bind_attention_configs(py::module_& m) {
   bind_attention_question(m, "choose_paged_attention_decode",
                           "A PagedAttentionDecodeConfig, or None where the other kernel serves the sizes.",
                           [](const Params& p, const Props& props) {
-                            return qsun::is_planned(p) ? py::cast(qsun::choose(p, props))
-                                                       : py::object(py::none());
+                            return qsun::is_planned(p, props) ? py::cast(qsun::choose(p, props))
+                                                              : py::object(py::none());
                           });
   bind_attention_question(m, "choose_paged_attention_split", "A PagedAttentionSplitConfig.",
                           [](const Params& p, const Props& props) { return qsun::choose_split(p, props); });

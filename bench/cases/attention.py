@@ -19,7 +19,7 @@ _CUDA_UNIFORM: tuple[tuple[int, int], ...] = (
     (1, 1024), (1, 8192), (1, 65536), (8, 1024), (8, 8192), (32, 1024), (32, 4096),
     (64, 512), (64, 2048), (128, 1024), (256, 512), (256, 2048), (1024, 128),
 )  # fmt: skip
-# FlashAttention 3 of vLLM 0.24 has ended the CUDA context here, and with it what was still to be measured.
+# Measured last: here FlashAttention 3 of vLLM 0.24 may end the CUDA context, and every measurement behind it.
 _CUDA_LAST = ((128, 4096),)
 _CUDA_SKEWED: tuple[tuple[int, float, int], ...] = (
     (64, 1.0, 131072), (64, 1.2, 131072), (64, 1.5, 131072), (200, 1.2, 262144),

@@ -93,15 +93,24 @@ Checks check(const PagedAttentionDecodeParams& p) {
   return checks;
 }
 
+// Sizes that the planned kernel is compiled for.
+bool has_planned_sizes(const PagedAttentionDecodeParams& p) {
+  const bool is_width = p.head_dim == 64 || p.head_dim == 96 || p.head_dim == 128 || p.head_dim == 256;
+  return size_of(p.dtype) == 2 && is_width && p.block_size >= kQuarterTokens &&
+         query_rows(p) <= kMaxQueryRows && p.batch <= kMaxPlannedBatch &&
+         p.batch * p.num_kv_heads <= kMaxCounters;
+}
+
 Checks check_config(const PagedAttentionDecodeParams& p, const PagedAttentionDecodeConfig& c) {
   Checks checks;
-  checks.require(is_planned(p), "config", "given", "sizes that the planned kernel takes");
+  checks.require(has_planned_sizes(p), "config", "given", "sizes that the planned kernel takes");
   if (!checks.ok()) return checks;
   checks.one_of("config.warps", c.warps, {4, 8});
   checks.at_least("config.warps * 16", c.warps * kTileRows, query_rows(p));
   checks.at_least("config.stages", c.stages, kMinStages).at_most("config.stages", c.stages, kMaxStages);
   checks.at_least("config.parts", c.parts, 1).at_most("config.parts", c.parts, kMaxParts);
   checks.at_least("config.min_part_units", c.min_part_units, 1);
+  checks.at_most("config.min_part_units", c.min_part_units, kMaxUnits);
   return checks;
 }
 
@@ -161,11 +170,10 @@ Status props_of(const PagedAttentionDecodeParams& p, const char* op, DeviceProps
 
 }  // namespace
 
-bool is_planned(const PagedAttentionDecodeParams& p) {
-  const bool is_width = p.head_dim == 64 || p.head_dim == 96 || p.head_dim == 128 || p.head_dim == 256;
-  return size_of(p.dtype) == 2 && is_width && p.block_size >= kQuarterTokens &&
-         query_rows(p) <= kMaxQueryRows && p.batch <= kMaxPlannedBatch &&
-         p.batch * p.num_kv_heads <= kMaxCounters;
+bool is_planned(const PagedAttentionDecodeParams& p, const DeviceProps& props) {
+  if (!has_planned_sizes(p)) return false;
+  const int ring = tiles_shared_bytes(static_cast<int>(p.head_dim), kMinStages);
+  return std::max(ring, planning_shared_bytes(p)) + kReservedBytes <= props.shared_memory_per_block;
 }
 
 Status paged_attention_decode_sizes(const PagedAttentionDecodeParams& p) {
@@ -210,11 +218,11 @@ PagedAttentionSplitConfig choose_split(const PagedAttentionDecodeParams& p, cons
 
 int64_t paged_attention_plan_bytes(const PagedAttentionDecodeParams& p,
                                    const PagedAttentionDecodeConfig& config) {
-  return is_planned(p) ? plan_bytes(p, config) : 0;
+  return has_planned_sizes(p) ? plan_bytes(p, config) : 0;
 }
 
 int64_t paged_attention_plan_bytes(const PagedAttentionDecodeParams& p, const DeviceProps& props) {
-  return paged_attention_plan_bytes(p, choose(p, props));
+  return is_planned(p, props) ? paged_attention_plan_bytes(p, choose(p, props)) : 0;
 }
 
 int64_t paged_attention_decode_scratch_bytes(const PagedAttentionDecodeParams& p,
@@ -225,7 +233,7 @@ int64_t paged_attention_decode_scratch_bytes(const PagedAttentionDecodeParams& p
 }
 
 int64_t paged_attention_decode_scratch_bytes(const PagedAttentionDecodeParams& p, const DeviceProps& props) {
-  if (is_planned(p)) return paged_attention_decode_scratch_bytes(p, choose(p, props));
+  if (is_planned(p, props)) return paged_attention_decode_scratch_bytes(p, choose(p, props));
   return split_scratch_bytes(p, choose_split(p, props));
 }
 
@@ -236,6 +244,9 @@ Status plan_paged_attention(const PagedAttentionDecodeParams& p) {
   if (!checks.ok()) return checks.status("plan_paged_attention", p);
   DeviceProps props;
   if (Status status = props_of(p, "plan_paged_attention", &props); !status.ok()) return status;
+  checks.require(is_planned(p, props), "plan", "asked for",
+                 "sizes that the planned kernel takes on this device");
+  if (!checks.ok()) return checks.status("plan_paged_attention", p);
   return plan_paged_attention(p, choose(p, props));
 }
 
@@ -254,7 +265,7 @@ Status paged_attention_decode(const PagedAttentionDecodeParams& p) {
   if (p.batch == 0) return {};
   DeviceProps props;
   if (Status status = props_of(p, "paged_attention_decode", &props); !status.ok()) return status;
-  return is_planned(p) ? paged_attention_decode(p, choose(p, props)) : run_split(p, props);
+  return is_planned(p, props) ? paged_attention_decode(p, choose(p, props)) : run_split(p, props);
 }
 
 Status paged_attention_decode(const PagedAttentionDecodeParams& p, const PagedAttentionDecodeConfig& config) {

@@ -14,7 +14,6 @@ namespace qsun {
 namespace {
 
 constexpr int kMaxThreads = 1024;
-constexpr int64_t kMaxUnits = 1 << 30;
 
 struct PlanArguments {
   const int32_t* seq_lens;  // (batch,)
@@ -108,7 +107,7 @@ cudaError_t launch_plan_paged_attention(const PagedAttentionDecodeParams& p,
   a.parts = config.parts;
   a.min_part_units = config.min_part_units;
   LaunchOptions options;
-  options.shared_bytes = static_cast<int>(p.batch * sizeof(int));
+  options.shared_bytes = planning_shared_bytes(p);
   options.overlaps_producer = config.overlaps_producer;
   // Threads for the requests and for the search of the parts
   const int64_t wanted = std::max<int64_t>(p.batch, config.parts);

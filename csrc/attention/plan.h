@@ -28,6 +28,7 @@ namespace qsun {
 constexpr int kTileTokens = 64;
 constexpr int kMaxPlannedBatch = 32768;  // starts of the requests lie in the planning block's shared memory
 constexpr int64_t kMaxTokens = 1 << 30;  // positions count in 32 bits on the device
+constexpr int64_t kMaxUnits = 1 << 30;   // and so do units
 
 // Part p owns units [p * share, (p + 1) * share), the last part what is left.
 struct alignas(16) PlanHeader {
@@ -67,6 +68,11 @@ inline PlanPointers plan_pointers(const PagedAttentionDecodeParams& p,
 inline int64_t plan_bytes(const PagedAttentionDecodeParams& p, const PagedAttentionDecodeConfig& config) {
   return static_cast<int64_t>(sizeof(PlanHeader) + sizeof(PartStart) * config.parts) +
          (p.batch + p.batch * p.num_kv_heads) * static_cast<int64_t>(sizeof(int32_t));
+}
+
+// Dynamic shared memory of the planning block.
+inline int planning_shared_bytes(const PagedAttentionDecodeParams& p) {
+  return static_cast<int>(p.batch * static_cast<int64_t>(sizeof(int32_t)));
 }
 
 // How many of the last positions of a request its query tokens attend to together.

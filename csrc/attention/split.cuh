@@ -1,14 +1,16 @@
 // Attention of one query token over one part of its positions, for what the planned kernel (tiles.cuh) does
-// not take: float32, other head widths, blocks of 8.
+// not take: float32, other head widths, blocks of 8, and whatever else is_planned() refuses.
 //
 //   grid      (query token, key head, tile of the query heads that share it, part)
 //   part      num_parts equal pieces of the token's positions, cut on the device from its length
-//   block     kWarps warps; kLanes lanes share a position, each with 8 elements of head_dim in 16-byte loads:
+//   block     kWarps warps; kLanes lanes share a position, each with 8 elements of head_dim in 16-byte loads
 //
-//             position   t0   t0+1  ...                 each lane keeps q, and sums of p * v, for its 8
-//             elements of lanes     |0-15|16-31|0-15|16-31|...      all kHeads query heads; every group of
-//             kLanes lanes has its
-//                       `- warp 0 -´`- warp 1 -´         own running maximum and sum
+//             position   t0  |t0+1 |t0+2 |t0+3 |..
+//             lanes      0-15|16-31| 0-15|16-31|..     with kLanes = 16
+//             warp           0     |     1     |..
+//
+// Each lane keeps q, and sums of p * v, for its 8 elements and all kHeads query heads; every group of kLanes
+// lanes has its own running maximum and sum.
 //
 // Groups are merged by shuffles inside a warp, warps through shared memory, parts by the kernel in
 // combine.cu: always in the same order. Keys and values are read once for the kHeads query heads that share

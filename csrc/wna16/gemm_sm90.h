@@ -24,8 +24,8 @@ std::string to_string(const GemmConfig& config);
 struct GemmTile {
   int token_tile, warp_groups;
 };
-constexpr GemmTile kGemmTiles[] = {{16, 1}, {32, 1}, {16, 2}, {32, 2},  {48, 2}, {64, 2},
-                                   {96, 2}, {64, 4}, {96, 4}, {128, 4}, {256, 2}};
+constexpr GemmTile kGemmTiles[] = {{16, 1}, {32, 1}, {16, 2}, {32, 2},  {48, 2},
+                                   {64, 2}, {96, 2}, {64, 4}, {128, 4}, {256, 2}};
 constexpr int kMaxSplit = 16;
 
 // Pure: depends on the sizes and the device alone.
@@ -43,7 +43,10 @@ constexpr int kStagedRow = kBlockRows + 4;  // floats of one token's sums in sha
 
 // Blocks of a multiprocessor for which registers and stages are planned.
 QSUN_HOST_DEVICE constexpr int gemm_blocks_per_sm(int token_tile, int warp_groups) {
-  return warp_groups > 2 || token_tile > 96 ? 1 : warp_groups == 1 ? 6 : token_tile > 32 ? 2 : 3;
+  return warp_groups > 2 || token_tile > 96 ? 1
+         : warp_groups == 1                 ? (token_tile == 16 ? 6 : 5)
+         : token_tile > 32                  ? 2
+                                            : 3;
 }
 
 constexpr int gemm_stage_bytes(const GemmConfig& config, int block_bytes) {

@@ -138,14 +138,9 @@ __device__ __forceinline__ void multiply_block(const StreamArguments& a, uint32_
   }
 }
 
-// Blocks of a multiprocessor that registers must allow: this kernel's and, beside it, the next one's, whose
-// weights are already on their way.
-template <int kTokenTiles>
-constexpr int kStreamBlocks = kTokenTiles > 2 ? 1 : 2;
-
 template <typename T, int kBits, int kTokenTiles, int kRowTiles, bool kEngine>
-__global__ void __launch_bounds__(max_stream_warps(kTokenTiles, kRowTiles) * kWarpLanes,
-                                  kStreamBlocks<kTokenTiles>)
+__global__ void __launch_bounds__(max_stream_warps(kTokenTiles, kRowTiles, kBits) * kWarpLanes,
+                                  stream_blocks_per_sm(kTokenTiles, kRowTiles))
     wna16_stream_kernel(const __grid_constant__ StreamArguments a) {
 #if !QSUN_HAS_COPY_ENGINE
   if constexpr (kEngine) {

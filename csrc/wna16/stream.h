@@ -24,8 +24,14 @@ constexpr int kMaxStreamStages = 4;
 constexpr int kHeadBytes = kZeroRowBytes + kMaxStreamWarps * kMaxStreamStages * kBarrierBytes;
 
 // Warps that a block may have: as many as leave registers for the next kernel's blocks.
-QSUN_HOST_DEVICE constexpr int max_stream_warps(int token_tiles, int row_tiles) {
-  return token_tiles == 1 && row_tiles <= 2 ? kMaxStreamWarps : kMaxStreamWarps / 2;
+QSUN_HOST_DEVICE constexpr int max_stream_warps(int token_tiles, int row_tiles, int bits) {
+  return token_tiles == 1 && row_tiles <= 2 && bits < 8 ? kMaxStreamWarps : kMaxStreamWarps / 2;
+}
+
+// Blocks of a multiprocessor that registers must allow: this kernel's and, beside it, the next one's, whose
+// weights are already on their way. Where x takes most of the shared memory, there is room for one alone.
+constexpr int stream_blocks_per_sm(int token_tiles, int row_tiles) {
+  return token_tiles * row_tiles > 4 ? 1 : 2;
 }
 
 // Floats of a token's row of partial sums; padded: the eight rows and four token pairs that a warp stores at

@@ -92,7 +92,8 @@ StreamConfig choose_stream(const Wna16PanelsParams& p, const DeviceProps& props)
   const int64_t tiles = ceil_div(p.N, kTileRows), fewest = ceil_div(tiles, c.row_tiles);
   c.row_blocks =
       static_cast<int>(way.waves == 0 ? fewest : std::min<int64_t>(tiles, way.waves * props.sm_count));
-  c.warps = static_cast<int>(std::clamp<int64_t>(p.column_blocks, 1, way.warps));
+  const int most_warps = std::min(way.warps, max_stream_warps(c.token_tiles, c.row_tiles, p.bits));
+  c.warps = static_cast<int>(std::clamp<int64_t>(p.column_blocks, 1, most_warps));
   c.stages = way.stages;
   // Half of the shared memory, for the other half is the next kernel's; more where the measured format took
   // more. A format that needs more than it has fewer stages, then fewer warps, which in a batch-invariant
@@ -154,7 +155,7 @@ Status check(const Wna16PanelsParams& p, const StreamConfig& c, const DeviceProp
   checks.one_of("token_tiles", c.token_tiles, {1, 2, 4}).one_of("row_tiles", c.row_tiles, {2, 4});
   checks.at_least("row_tiles", c.row_tiles, c.token_tiles == 4 ? 4 : 2);
   checks.at_least("warps", c.warps, 1);
-  checks.at_most("warps", c.warps, max_stream_warps(c.token_tiles, c.row_tiles));
+  checks.at_most("warps", c.warps, max_stream_warps(c.token_tiles, c.row_tiles, p.bits));
   checks.at_least("row_blocks", c.row_blocks, 1)
       .at_most("row_blocks", c.row_blocks, ceil_div(p.N, kTileRows));
   checks.at_least("stages", c.stages, 2).at_most("stages", c.stages, kMaxStreamStages);

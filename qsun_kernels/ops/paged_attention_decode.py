@@ -84,14 +84,14 @@ def paged_attention_decode(
     to the last `window` of them. softcap: scores become ``softcap * tanh(score / softcap)`` (Gemma 2, arXiv
     2408.00118). sinks float32 (Hq,): a logit a query head that joins the softmax's denominator and has no
     value (gpt-oss, arXiv 2508.10925). plan: of `plan_paged_attention`, to share one among the layers of a
-    step; the call then runs on the backend of the plan. out: where the result goes, (B * q_len, Hq, D) of the
-    dtype of q, contiguous, and sharing no memory with the inputs.
+    step, one call after another on one stream; the call then runs on the backend of the plan. out: where the
+    result goes, (B * q_len, Hq, D) of the dtype of q, contiguous, and sharing no memory with the inputs.
 
     Returns out; with lse=True also float32 (B * q_len, Hq), the natural logarithm of the softmax's
     denominator, the sink included, by which partial results merge. A token without positions (a request of
-    length 0) gets zeros and -inf, or the sink. Arithmetic is at least as precise as float32 accumulation over
-    products of the stored values. Lengths are read on the device; one above max_blocks * block_size is a
-    ValueError on the CPU and undefined on a GPU.
+    length 0) gets zeros and -inf, or the sink. Sums are float32. With a 16-bit dtype the softmax's weights
+    may be rounded to it before they multiply V, though not in the denominator. Lengths are read on the
+    device; one above max_blocks * block_size is a ValueError on the CPU and undefined on a GPU.
 
     Raises TypeError or ValueError naming the argument, BackendUnavailable, RuntimeError if a gradient is
     wanted.

@@ -54,8 +54,9 @@ def plan_paged_attention(
     seq_lens int32 (B,), contiguous, as the calls will get it; it is read on the device, nothing waits. The
     other arguments are the sizes of those calls: q (B * q_len, num_q_heads, head_dim) of `dtype`, caches
     (num_blocks, num_kv_heads, block_size, head_dim) of `kv_dtype` (that of q by default), `window`. A call
-    takes the plan while `seq_lens` holds what it held here; a call without one plans by itself. Captured in a
-    CUDA graph, the plan is made anew at every replay.
+    takes the plan while `seq_lens` holds what it held here; a call without one plans by itself. Calls that
+    share a plan run one after another, on one stream, since a kernel may count in it. Captured in a CUDA
+    graph, the plan is made anew at every replay.
 
     A plan that was made outside serves code that is traced (torch.compile). Inside, where there is nothing to
     read and only a backend knows what its plans look like, this returns one whose calls plan by themselves.

@@ -55,9 +55,10 @@ struct PagedAttentionDecodeParams {
 QSUN_API std::string to_string(const PagedAttentionDecodeParams& params);
 
 // Two kernels serve the operator. The planned one (attention/tiles.cuh) takes 16-bit dtypes, head_dim 64, 96,
-// 128 or 256, blocks of at least 16 and up to 128 query rows a key head; the other (attention/split.cuh) the
-// rest, without a plan.
-QSUN_API bool is_planned(const PagedAttentionDecodeParams& params);
+// 128 or 256, blocks of at least 16, up to 128 query rows a key head and up to 32768 requests, where two
+// tiles fit into a block's shared memory (at head_dim 256 that is 134 KiB: sm_80, not sm_86); the other
+// (attention/split.cuh) the rest, without a plan.
+QSUN_API bool is_planned(const PagedAttentionDecodeParams& params, const DeviceProps& props);
 
 // How the planned kernel is launched.
 struct PagedAttentionDecodeConfig {

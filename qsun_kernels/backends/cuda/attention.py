@@ -11,9 +11,6 @@ from torch import Tensor
 from qsun_kernels.backends.cuda import library
 from qsun_kernels.backends.problems import PagedAttentionDecodeProblem, WriteKvCacheProblem
 
-PLANNED_HEAD_DIMS = (64, 96, 128, 256)
-"""Head widths of the kernel that takes a plan."""
-
 
 def supports_attention(problem: PagedAttentionDecodeProblem) -> str | None:
     if problem.kv_dtype != problem.dtype:
@@ -28,16 +25,18 @@ def supports_attention(problem: PagedAttentionDecodeProblem) -> str | None:
 
 def describe_attention(problem: PagedAttentionDecodeProblem) -> str:
     group = problem.num_q_heads // problem.num_kv_heads
-    is_planned = (
-        problem.dtype != torch.float32
-        and problem.head_dim in PLANNED_HEAD_DIMS
-        and problem.block_size >= 16
-        and group <= 128
+    index = problem.device.index
+    sizes = (
+        *(1, 1, problem.num_q_heads, problem.num_kv_heads, problem.head_dim, problem.block_size),
+        *(0, -1 if problem.window is None else problem.window, library.DTYPE_CODES[problem.dtype]),
+        library.device_props(torch.cuda.current_device() if index is None else index),
     )
-    if is_planned:
-        return f"paged_attention_tiles: {group} query heads a tensor-core tile, equal parts of all lengths"
-    tile = 1 if group <= 1 else 4 if group <= 4 else 8
-    return f"paged_attention_split: {tile} query heads a block, lengths cut by batch size, then combined"
+    config = library.binding.choose_paged_attention_decode(*sizes)
+    if config is not None:
+        rows = "16 query rows a warp" if group > 16 else f"{group} query heads in a tensor-core tile of 16"
+        return f"paged_attention_tiles: {rows}, all lengths cut into equal parts"
+    tile = library.binding.choose_paged_attention_split(*sizes).head_tile
+    return f"paged_attention_split: query heads in tiles of {tile}, lengths cut by batch size, then combined"
 
 
 @dataclass(frozen=True, slots=True)

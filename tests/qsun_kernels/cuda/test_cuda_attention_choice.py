@@ -115,6 +115,26 @@ def test_which_kernel_serves_which_sizes(extension, h100, change, is_planned) ->
     assert (extension.paged_attention_plan_bytes(config=None, **sizes) > 0) == is_planned
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "batch", "is_planned"),
+    [(128, 1, True), (256, 1, False), (64, 25000, True), (64, 26000, False)],
+)
+def test_what_a_small_shared_memory_holds(extension, head_dim, batch, is_planned) -> None:
+    """Neither two tiles of head_dim 256 nor the first units of 26000 requests fit into 99 KiB."""
+    small = extension.DeviceProps(
+        compute_major=8, compute_minor=6, sm_count=84, shared_memory_per_block=99 * 1024, l2_bytes=6 << 20
+    )
+    sizes = (batch, 1, 8, 8, head_dim, 16, 64, -1, HALF, small)
+    config = extension.choose_paged_attention_decode(*sizes)
+    assert (config is not None) == is_planned
+    assert (extension.paged_attention_plan_bytes(None, *sizes) > 0) == is_planned
+    if config is None:
+        split = extension.choose_paged_attention_split(*sizes)
+        partial = batch * 8 * split.num_parts
+        expected = 0 if split.num_parts == 1 else 4 * (-(-partial // 4) * 4 + partial * head_dim)
+        assert extension.paged_attention_decode_scratch_bytes(None, *sizes) == expected
+
+
 # ---- refused arguments
 
 ADDRESS = 4096
@@ -148,6 +168,11 @@ CONFIG = {"warps": 4, "stages": 3, "blocks_per_sm": 1, "parts": 5, "min_part_uni
         ({"parts": 0}, {}, "config.parts is 0; expected at least 1"),
         ({"parts": 8193}, {}, "config.parts is 8193; expected at most 8192"),
         ({"min_part_units": 0}, {}, "config.min_part_units is 0; expected at least 1"),
+        (
+            {"min_part_units": 2**30 + 1},
+            {},
+            "config.min_part_units is 1073741825; expected at most 1073741824",
+        ),
         ({}, {"head_dim": 80}, "config is given; expected sizes that the planned kernel takes"),
         ({}, {"plan_bytes": 119}, "plan_bytes is 119; expected at least 120"),
         ({}, {"plan": 0}, "plan is null"),
