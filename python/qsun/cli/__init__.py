@@ -1,4 +1,4 @@
-"""The command line: `qsun generate | quantize | doctor`."""
+"""The command line: `qsun generate | quantize | train | eval | doctor`."""
 
 from __future__ import annotations
 

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING
 from qsun.cli.exits import UsageError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
+    from qsun.models.config import ModelConfig
     from qsun.modules.quantize import Progress
 
 
@@ -47,6 +50,17 @@ def dtype_of(text: str) -> torch.dtype | str:
     dtype = getattr(torch, text, text)
     assert dtype == "auto" or isinstance(dtype, torch.dtype)
     return dtype
+
+
+def config_of(model: Path) -> ModelConfig:
+    """The shape of a checkpoint, without its weights."""
+    from qsun.checkpoint.reader import open_checkpoint
+
+    reader = open_checkpoint(model)
+    try:
+        return reader.config
+    finally:
+        reader.close()
 
 
 @contextmanager

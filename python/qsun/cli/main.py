@@ -8,32 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from qsun.cli import exits
-
-
-def _name_and_path(text: str) -> tuple[str, Path]:
-    name, equals, path = text.partition("=")
-    if not (name and equals and path):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected NAME=PATH")
-    return name, Path(path)
-
-
-def _name_and_text(text: str) -> tuple[str, str]:
-    name, colon, prompt = text.partition(":")
-    if not (name and colon):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected NAME:TEXT (NAME of --prefill, or base)")
-    return name, prompt
-
-
-def _group_size(text: str) -> int | str | None:
-    if text == "auto":
-        return None
-    if text not in ("32", "64", "128", "channel"):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected auto, 32, 64, 128 or channel")
-    return text if text == "channel" else int(text)
+from qsun.cli.evaluate import add_eval_options
+from qsun.cli.train import add_train_options
+from qsun.cli.values import group_size, name_and_path, name_and_text
 
 
 def _quantisation_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--group-size", type=_group_size, help="auto, 32, 64, 128 or channel (auto)")
+    parser.add_argument("--group-size", type=group_size, help="auto, 32, 64, 128 or channel (auto)")
     parser.add_argument("--asymmetric", action="store_true", help="store a zero point for each group")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there)")
@@ -80,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     generate.add_argument(
         "--prefill",
-        type=_name_and_path,
+        type=name_and_path,
         action="append",
         default=[],
         metavar="NAME=PATH",
@@ -88,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     generate.add_argument(
         "--prompt",
-        type=_name_and_text,
+        type=name_and_text,
         action="append",
         required=True,
         metavar="NAME:TEXT",
@@ -116,6 +97,12 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.add_argument("--bits", type=int, choices=(2, 3, 4, 8), default=4, help="of the weights (4)")
     _quantisation_options(quantize)
 
+    train = commands.add_parser("train", help="fine-tune a prefill module for the frozen decoder", **how)
+    add_train_options(train)
+
+    evaluate = commands.add_parser("eval", help="measure models by the engine on tasks with answers", **how)
+    add_eval_options(evaluate)
+
     commands.add_parser("doctor", help="what was built, what is there, which backend runs what", **how)
     return parser
 
@@ -137,6 +124,14 @@ def _run(arguments: argparse.Namespace) -> int:
         from qsun.cli.quantize import quantize
 
         return quantize(arguments)
+    if arguments.command == "train":
+        from qsun.cli.train import train
+
+        return train(arguments)
+    if arguments.command == "eval":
+        from qsun.cli.evaluate import evaluate
+
+        return evaluate(arguments)
     from qsun.cli.doctor import doctor
 
     return doctor(arguments)

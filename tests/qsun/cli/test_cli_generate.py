@@ -184,7 +184,8 @@ def test_an_internal_error_is_one_line(
 
 
 def test_the_exit_codes_are_documented(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--help"], ["generate", "--help"], ["quantize", "--help"], ["doctor", "--help"]):
+    commands = ("generate", "quantize", "train", "eval", "doctor")
+    for arguments in (["--help"], *([command, "--help"] for command in commands)):
         with pytest.raises(SystemExit) as stopped:
             main(arguments)
         assert stopped.value.code == 0
@@ -197,7 +198,7 @@ def test_the_exit_codes_are_documented(capsys: pytest.CaptureFixture[str]) -> No
             exits.INTERRUPTED,
         ):
             assert f"\n  {code}  " in out
-    assert "train" not in build_parser().format_help()
+    assert all(f"\n    {command} " in build_parser().format_help() for command in commands)
 
 
 @pytest.mark.parametrize("module", ["qsun.cli.main", "qsun.demo.__main__"])

@@ -1,0 +1,31 @@
+"""Values of options: from the words of the command line to what they mean."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def name_and_path(text: str) -> tuple[str, Path]:
+    """NAME=PATH."""
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected NAME=PATH")
+    return name, Path(path)
+
+
+def name_and_text(text: str) -> tuple[str, str]:
+    """NAME:TEXT."""
+    name, colon, prompt = text.partition(":")
+    if not (name and colon):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected NAME:TEXT (NAME of --prefill, or base)")
+    return name, prompt
+
+
+def group_size(text: str) -> int | str | None:
+    """A group size; None for "auto"."""
+    if text == "auto":
+        return None
+    if text not in ("32", "64", "128", "channel"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected auto, 32, 64, 128 or channel")
+    return text if text == "channel" else int(text)

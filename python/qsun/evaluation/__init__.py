@@ -1,0 +1,1 @@
+"""Measuring models by the engine that serves them: tasks with answers, metrics, perplexity of responses."""
