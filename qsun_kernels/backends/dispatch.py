@@ -2,7 +2,7 @@
 
 `backend=` of a call beats the context (`use_backend`), which beats the environment variable ``QSUN_BACKEND``.
 A backend named in any of the three ways is taken literally: it runs the problem or `BackendUnavailable` says
-why it cannot. Without a name the first backend of `preference` that supports the problem is taken; cuda and
+why it cannot. Without a name the first of `BACKENDS` that supports the problem is taken; cuda and
 triton are considered only for tensors on a CUDA device.
 """
 
@@ -31,7 +31,6 @@ __all__ = [
     "launcher_of",
     "load_backend",
     "passed_over",
-    "preference",
     "refusal",
     "requested_backend",
     "select",
@@ -44,14 +43,6 @@ _MODULES: Mapping[BackendName, str] = {
     "cuda": "qsun_kernels.backends.cuda",
     "triton": "qsun_kernels.backends.triton",
     "torch": "qsun_kernels.backends.reference",
-}
-
-# Where the measured order differs from `BACKENDS`. The CUDA kernels of these two are the first, simple ones:
-# on an H100 Triton's are level with them at one token and from 1.3 (attention, one request) to 14 times
-# (matmul, 64 tokens) faster beyond: bench/results/h100/{wna16,attention}.json.
-_PREFERENCE: Mapping[str, tuple[BackendName, ...]] = {
-    "wna16_linear": ("triton", "cuda", "torch"),
-    "paged_attention_decode": ("triton", "cuda", "torch"),
 }
 
 _context_backend: ContextVar[BackendName | None] = ContextVar("qsun_backend", default=None)
@@ -84,11 +75,6 @@ def checked_name(name: str, source: str) -> BackendName:
     if name not in BACKENDS:
         raise ValueError(f"{source} is {name!r}; expected one of {', '.join(map(repr, BACKENDS))}")
     return name
-
-
-def preference(operator: str) -> tuple[BackendName, ...]:
-    """Every backend, in the order in which the automatic choice asks them for this operator."""
-    return _PREFERENCE.get(operator, BACKENDS)
 
 
 def requested_backend(backend: str | None = None) -> BackendName | None:
@@ -161,7 +147,7 @@ def select(problem: Problem, requested: BackendName | None = None) -> Choice:
             raise BackendUnavailable(problem.operator, requested, reason)
         return Choice(requested, load_backend(requested).IMPLEMENTATIONS[problem.operator])
     reasons: list[str] = []
-    for backend in preference(problem.operator):
+    for backend in BACKENDS:
         reason = passed_over(backend, problem)
         if reason is None:
             return Choice(backend, load_backend(backend).IMPLEMENTATIONS[problem.operator])

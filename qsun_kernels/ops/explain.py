@@ -11,11 +11,11 @@ import torch
 from qsun_kernels.backends.dispatch import (
     load_backend,
     passed_over,
-    preference,
     refusal,
     requested_backend,
 )
 from qsun_kernels.backends.problems import (
+    BACKENDS,
     ApplyRopeProblem,
     BackendName,
     DequantizeProblem,
@@ -94,7 +94,7 @@ def explain_rows(
 def _rows_of(problem: Problem, requested: BackendName | None) -> list[ExplainRow]:
     rows: list[ExplainRow] = []
     is_chosen = False
-    for backend in preference(problem.operator):
+    for backend in BACKENDS:
         named = backend == requested
         # What the automatic choice never considers is not even loaded: importing triton takes most of a
         # second.

@@ -10,11 +10,11 @@ import pytest
 
 from qsun_bench import margins, plots
 from qsun_bench.results import Header, Record, ResultsError, Run
-from qsun_kernels.backends.dispatch import preference
+from qsun_kernels.backends.problems import BACKENDS
 
 HEADER = Header("NVIDIA H100", "0123456789ab", "2026-01-31", "2.11.0", None, "13.0", "qsun-bench wna16", 3.0)
 
-OURS, OTHER, _ = preference("wna16_linear")
+OURS, OTHER, _ = BACKENDS
 
 
 def cell(matrix: str, M: int, backend: str, us: float | None, *, error: float | None = 0.5) -> Record:
