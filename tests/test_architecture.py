@@ -185,6 +185,17 @@ def breaches_of_torch_free(imports: list[Import]) -> list[str]:
     ]
 
 
+def breaches_of_training(imports: list[Import]) -> list[str]:
+    """Training has a forward pass of its own; only the study, which also serves, knows the engine."""
+    return [
+        str(i)
+        for i in imports
+        if within(i.importer, "qsun.training")
+        and not within(i.importer, "qsun.training.study")
+        and any(within(i.target, room) for room in ("qsun.engine", "qsun.evaluation"))
+    ]
+
+
 def breaches_of_unpickling(imports: list[Import]) -> list[str]:
     """Nothing in the packages can unpickle: a checkpoint is data."""
     banned = ("pickle", "dill", "cloudpickle", "marshal", "shelve", "torch.load", "joblib")
@@ -231,6 +242,7 @@ RULES = (
     breaches_of_rooms,
     breaches_of_ownership,
     breaches_of_torch_free,
+    breaches_of_training,
     breaches_of_unpickling,
 )
 
@@ -281,6 +293,7 @@ def test_no_binary_or_build_output_is_tracked() -> None:
         (breaches_of_ownership, "qsun.engine.x", "from qsun_kernels.testing import inputs"),
         (breaches_of_torch_free, "qsun.core", "import torch"),
         (breaches_of_torch_free, "qsun.kv_cache.block_pool", "from qsun_kernels import rms_norm"),
+        (breaches_of_training, "qsun.training.x", "from qsun.engine import DecodeEngine"),
         (breaches_of_unpickling, "qsun.checkpoint.x", "import pickle"),
     ],
 )

@@ -91,7 +91,8 @@ def paged_attention_decode(
     denominator, the sink included, by which partial results merge. A token without positions (a request of
     length 0) gets zeros and -inf, or the sink. Sums are float32. With a 16-bit dtype the softmax's weights
     may be rounded to it before they multiply V, though not in the denominator. Lengths are read on the
-    device; one above max_blocks * block_size is a ValueError on the CPU and undefined on a GPU.
+    device; one above max_blocks * block_size is a ValueError on the CPU and undefined on a GPU. With q_len
+    above 1 a value that is not finite at one new token may reach the other new tokens of its request.
 
     Raises TypeError or ValueError naming the argument, BackendUnavailable, RuntimeError if a gradient is
     wanted.
