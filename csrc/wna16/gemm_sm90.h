@@ -24,8 +24,8 @@ std::string to_string(const GemmConfig& config);
 struct GemmTile {
   int token_tile, warp_groups;
 };
-constexpr GemmTile kGemmTiles[] = {{16, 1}, {32, 1}, {16, 2}, {32, 2},  {48, 2},
-                                   {64, 2}, {96, 2}, {64, 4}, {128, 4}, {256, 2}};
+constexpr GemmTile kGemmTiles[] = {{16, 1}, {32, 1}, {16, 2},  {32, 2}, {48, 2},
+                                   {64, 2}, {96, 2}, {128, 4}, {256, 2}};
 constexpr int kMaxSplit = 16;
 
 // Pure: depends on the sizes and the device alone.
