@@ -8,7 +8,8 @@
 
 namespace qsun {
 
-// A cache policy for bytes that are read once: they leave the L2 first and do not push x or the KV out.
+// A cache policy for bytes that a launch reads once, such as weights and the KV: they leave the L2 first and
+// do not push out what is read again.
 __device__ __forceinline__ uint64_t evict_first_policy() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));

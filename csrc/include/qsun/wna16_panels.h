@@ -48,8 +48,9 @@ struct StreamConfig {
   int token_tiles = 1;  // of 8 tokens that a block multiplies: 1, 2 or 4
   int row_tiles = 4;    // of 16 weight rows that a block multiplies at most: 2 or 4; 4 for 4 token tiles
   int row_blocks = 1;   // blocks that share the weight's rows: its row tiles are dealt to them evenly
-  int warps =
-      8;  // of a block, 1 to 8, to 16 for one token tile and 2 row tiles; they take its columns in turn
+  // Of a block; they take its columns in turn: 1 to 8, to 16 for one token tile, 2 row tiles and fewer than 8
+  // bits.
+  int warps = 8;
   int stages = 2;                 // blocks of 128 columns that a warp has in flight or in use: 2, 3 or 4
   bool copy_engine = true;        // copies by the copy engine; false below sm_90
   bool overlaps_producer = true;  // programmatic dependent launch; false below sm_90
