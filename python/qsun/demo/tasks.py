@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qsun.cli.answers import Question
+from qsun.evaluation.items import EvaluationError, field_of, json_lines
 from qsun.modules.card import CARD_FILE, ModuleCard
 
 BASE = "base"
-PROMPTS_FILE = "prompts.txt"
+PROMPTS_FILE = "prompts.jsonl"
 MODULES = Path("examples") / "prefill_modules"
 PROMPTS = (
     "What is the capital of France, and what is it known for?",
@@ -25,12 +26,20 @@ PROMPTS = (
 
 
 @dataclass(frozen=True, slots=True)
+class TaskPrompt:
+    """shown: the text for a reader. messages: the chat that the module was trained to answer."""
+
+    shown: str
+    messages: tuple[dict[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """A prefill module. name: its folder's. prompts: what its author would ask it."""
 
     name: str
     path: Path
-    prompts: tuple[str, ...]
+    prompts: tuple[TaskPrompt, ...]
 
 
 def modules_folder() -> Path:
@@ -41,8 +50,9 @@ def modules_folder() -> Path:
 def find_tasks(folder: Path) -> Sequence[Task]:
     """The task modules of `folder`: every folder in it with a module card.
 
-    A `prompts.txt` beside the card holds prompts for the module, one a line; without it, it gets two of the
-    demo's own. Raises CheckpointError for a damaged card, ValueError for a folder called like the base model.
+    A `prompts.jsonl` beside the card holds prompts for the module, one a line: {"shown", "messages"}; without
+    it, it gets two of the demo's own. Raises CheckpointError for a damaged card, EvaluationError for a
+    damaged line of prompts, ValueError for a folder called like the base model.
     """
     tasks = []
     for path in sorted(card.parent for card in folder.glob(f"*/{CARD_FILE}")):
@@ -52,13 +62,36 @@ def find_tasks(folder: Path) -> Sequence[Task]:
             )
         ModuleCard.read(path)  # damage is told before anything is loaded
         prompts = path / PROMPTS_FILE
-        lines = prompts.read_text(encoding="utf-8").splitlines() if prompts.is_file() else []
-        tasks.append(Task(path.name, path, tuple(line.strip() for line in lines if line.strip())))
+        tasks.append(Task(path.name, path, tuple(_prompts(prompts) if prompts.is_file() else ())))
     return tasks
 
 
+def _prompts(path: Path) -> Iterator[TaskPrompt]:
+    for where, line in json_lines(path):
+        messages = field_of(where, line, "messages", list)
+        for message in messages:
+            if not isinstance(message, dict) or set(message) != {"role", "content"}:
+                raise EvaluationError(
+                    f"{where}: messages holds {message!r}, expected objects with role and content"
+                )
+        yield TaskPrompt(field_of(where, line, "shown", str), tuple(messages))
+
+
 def questions_for(tasks: Sequence[Task]) -> Sequence[Question]:
-    """The eight prompts to the base model and those of every task, as chats of one message."""
-    pairs = [(BASE, text) for text in PROMPTS]
-    pairs += [(task.name, text) for task in tasks for text in task.prompts or PROMPTS[:2]]
-    return [Question(name, text, [{"role": "user", "content": text}]) for name, text in pairs]
+    """Every task's prompts, each to the base module and to the task's; without tasks, eight to the base."""
+    if not tasks:
+        return [_question(BASE, prompt) for prompt in _general(PROMPTS)]
+    return [
+        _question(model, prompt)
+        for task in tasks
+        for prompt in task.prompts or _general(PROMPTS[:2])
+        for model in (BASE, task.name)
+    ]
+
+
+def _general(texts: Sequence[str]) -> tuple[TaskPrompt, ...]:
+    return tuple(TaskPrompt(text, ({"role": "user", "content": text},)) for text in texts)
+
+
+def _question(model: str, prompt: TaskPrompt) -> Question:
+    return Question(model, prompt.shown, list(prompt.messages))

@@ -107,11 +107,12 @@ class TrainOptions:
         """As JSON: what a resumed run must agree on, and what the module card tells."""
         content = asdict(self)
         content["dtype"] = str(self.dtype).removeprefix("torch.")
-        content["teacher"] = None if self.teacher is None else str(self.teacher)
+        # Names, not paths: the card travels, and folders may move between a run and its resumption.
+        content["teacher"] = None if self.teacher is None else Path(self.teacher).name
         if self.teacher is None:
             del content["distillation"]
         decoder = content["decoder"]
-        decoder["path"] = None if decoder["path"] is None else str(decoder["path"])
+        decoder["path"] = None if decoder["path"] is None else Path(decoder["path"]).name
         # The texts themselves may be long.
         texts = self.decoder.calibration
         decoder["calibration"] = (

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 from qsun.cli import exits
+from qsun.cli.answers import Answer, Question
 from qsun.demo import __main__ as demo
 from qsun.demo.cache import MANIFEST, cache_key, cache_root, cached_folder, damage_of
-from qsun.demo.tasks import BASE, PROMPTS, find_tasks, questions_for
+from qsun.demo.pairs import Pairs
+from qsun.demo.tasks import BASE, PROMPTS, PROMPTS_FILE, find_tasks, questions_for
 from qsun.errors import CheckpointError
+from qsun.evaluation.items import EvaluationError
 from qsun.modules.card import CARD_FILE
 
 
@@ -218,18 +223,62 @@ def test_task_modules_join_the_batch(
     card, _ = read_identity(reader)
     reader.close()
     card.write(task)
-    (task / "prompts.txt").write_text("rhyme on orange\n\n")
+    line = {"shown": "rhyme on orange", "messages": [{"role": "user", "content": "a rhyme on orange"}]}
+    (task / PROMPTS_FILE).write_text(json.dumps(line) + "\n\n")
     assert [found.name for found in find_tasks(tmp_path / "modules")] == ["poet"]
     assert demo_of() == exits.OK
     out = capsys.readouterr().out
-    assert "[poet] rhyme on orange\n" in out and "no task modules" not in out
+    assert "no task modules" not in out
+    at = [out.index(text) for text in ("rhyme on orange\n", "\n  [base]\n", "\n  [poet]\n")]
+    assert at == sorted(at)
 
 
 def test_tasks_without_prompts_get_two_of_the_demo(tmp_path: Path) -> None:
     from qsun.demo.tasks import Task
 
     questions = questions_for([Task("poet", tmp_path, ())])
-    assert [q.model for q in questions] == [BASE] * 8 + ["poet"] * 2
+    assert [q.model for q in questions] == [BASE, "poet"] * 2
+    assert [q.shown for q in questions] == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "prompts.jsonl:1 is not JSON"),
+        ('{"shown": "a"}', "prompts.jsonl:1: messages is None, expected a list"),
+        ('{"shown": "a", "messages": ["b"]}', "expected objects with role and content"),
+        ('{"messages": []}', "prompts.jsonl:1: shown is None, expected a str"),
+    ],
+)
+def test_a_damaged_prompt_is_named(line: str, says: str, checkpoints, tmp_path: Path) -> None:
+    from qsun.checkpoint.reader import open_checkpoint
+    from qsun.modules.decode import read_identity
+
+    task = tmp_path / "poet"
+    task.mkdir()
+    reader = open_checkpoint(checkpoints.task)
+    read_identity(reader)[0].write(task)
+    reader.close()
+    (task / PROMPTS_FILE).write_text(line)
+    with pytest.raises(EvaluationError, match=re.escape(says)):
+        find_tasks(tmp_path)
+
+
+def test_pairs_wait_for_each_other() -> None:
+    stream = io.StringIO()
+    pairs = Pairs(BASE, stream)
+
+    def answer(model: str, shown: str, text: str, error: str | None = None) -> Answer:
+        reason = "error" if error else "stop"
+        return Answer(model, Question(model, shown, shown), text, [], reason, error)
+
+    pairs.finished(answer("poet", "one", "from the poet"))
+    pairs.finished(answer(BASE, "two", "two lines\nof the base"))
+    assert stream.getvalue() == ""
+    pairs.finished(answer(BASE, "one", "", "no room"))
+    assert stream.getvalue() == "one\n  [base]\n    failed: no room\n  [poet]\n    from the poet\n\n"
+    pairs.finished(answer("poet", "two", " x "))
+    assert stream.getvalue().endswith("two\n  [base]\n    two lines\n    of the base\n  [poet]\n    x\n\n")
 
 
 @pytest.mark.damaged

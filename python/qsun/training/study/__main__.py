@@ -67,6 +67,11 @@ def build_parser() -> argparse.ArgumentParser:
     collect.add_argument("--out", type=Path, default=ACCURACY)
     collect.add_argument("--commit", help="of the code that ran")
     collect.add_argument(
+        "--command",
+        default="python -m qsun.training.study run",
+        help="that ran, for the record (%(default)s)",
+    )
+    collect.add_argument(
         "--allow-code-execution", action="store_true", help="let HumanEval run what the models wrote"
     )
     return parser
@@ -171,7 +176,7 @@ def _collect(arguments: argparse.Namespace) -> int:
     header = {
         "commit": arguments.commit,
         "date": datetime.date.today().isoformat(),
-        "command": "python -m qsun.training.study run",
+        "command": arguments.command,
     }
     summary = collect(folder, arguments.results, tasks, arguments.out, header)
     for row in summary["arms"]:
