@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TextIO, cast
 
 import torch
 
-from qsun_bench import compare, margins, report, results, tables
+from qsun_bench import compare, report, results, tables, views
 from qsun_bench.cases import Case, Selection, Suite, suites
 from qsun_bench.results import ResultsError, Run
 from qsun_kernels.errors import BackendUnavailable
@@ -78,6 +78,9 @@ def list_cases(arguments: argparse.Namespace) -> int:
         tables.show("", ("case", "bytes"), [(case.name, f"{case.bytes:,}") for case in cases])
         print()
     print("decode: time per output token of the whole decode step; see qsun-bench decode --help")
+    print(
+        "serve: several models under load, shared decode against a batch a model; see qsun-bench serve --help"
+    )
     return EXIT_OK
 
 
@@ -86,11 +89,11 @@ def run_suite(arguments: argparse.Namespace) -> int:
     from qsun_bench.measure import Outcome, measure
 
     suite: Suite = arguments.suite
-    recording = _recording(arguments)
+    recording = recording_of(arguments)
     cases = _cases(arguments, suite)
     chosen = _chosen(arguments, suite, cases)
     before = _recorded_run(arguments, suite)
-    header = _header(arguments, recording)
+    header = header_of(arguments, recording)
     order = {case.name: i for i, case in enumerate(cases)}
 
     def run(outcomes: Sequence[Outcome]) -> Run:
@@ -102,7 +105,7 @@ def run_suite(arguments: argparse.Namespace) -> int:
     with _progress(len(cases) * len(chosen)) as advance:
         for outcome in measure(cases, chosen, arguments.device, seconds=arguments.seconds):
             if outcomes and outcome.contender != outcomes[-1].contender:
-                _keep(run(outcomes), arguments)
+                keep(run(outcomes), arguments)
             outcomes.append(outcome)
             advance(f"{outcome.case.name} {outcome.contender}")
             if time.monotonic() > end:
@@ -114,7 +117,7 @@ def run_suite(arguments: argparse.Namespace) -> int:
     for outcome in outcomes:
         if outcome.record is not None and not outcome.record.ok:
             print(f"WRONG: {outcome.case.name} {outcome.contender}: {outcome.note}", file=sys.stderr)
-    return _finish(run(outcomes), suite.name, suite.baseline, arguments, recording, before)
+    return finish(run(outcomes), suite.name, suite.baseline, arguments, recording, before)
 
 
 def _chosen(arguments: argparse.Namespace, suite: Suite, cases: Sequence[Case]) -> Sequence[Contender]:
@@ -153,54 +156,13 @@ def _recorded_run(arguments: argparse.Namespace, suite: Suite) -> Run | None:
     return results.load(name)
 
 
-def _keep(run: Run, arguments: argparse.Namespace) -> None:
+def keep(run: Run, arguments: argparse.Namespace) -> None:
     """Write what there is so far: a run that is stopped from outside has not been for nothing."""
     if arguments.json is not None and str(arguments.json) != "-" and run.records:
         results.write(run, arguments.json)
 
 
-def run_decode(arguments: argparse.Namespace) -> int:
-    """Time the whole decode step."""
-    from qsun_bench.decode import BASELINE, NAME, Request, decode_records, sizes_and_layers
-
-    if arguments.layers is not None and arguments.model is not None:
-        raise UsageError("--layers: a checkpoint has the layers it has, expected --shape with it")
-    if arguments.dtype == torch.float32:
-        raise UsageError("--dtype: the step is judged against float32, expected bfloat16 or float16")
-    recording = _recording(arguments)
-    request = Request(
-        device=arguments.device,
-        shape=arguments.shape,
-        model=arguments.model,
-        layers=arguments.layers,
-        batches=arguments.batch,
-        contexts=arguments.context,
-        tokens=arguments.tokens,
-        bits=arguments.bits,
-        group_size=arguments.group_size,
-        symmetric=not arguments.asymmetric,
-        dtype=arguments.dtype,
-        backend=arguments.backend,
-        smoke=arguments.smoke,
-    )
-    if request.model is None:
-        try:
-            sizes_and_layers(request)
-        except ValueError as error:
-            raise UsageError(f"--layers: {error}") from None
-    header = _header(arguments, recording)
-    records = []
-    for record, note in decode_records(request):
-        if record is None:
-            print(f"not run: {note}", file=sys.stderr)
-        else:
-            records.append(record)
-            if not record.ok:
-                print(f"WRONG: {record.case} {record.backend}: {note}", file=sys.stderr)
-    return _finish(Run(header, tuple(records)), NAME, BASELINE, arguments, recording)
-
-
-def _recording(arguments: argparse.Namespace) -> tuple[Path, str] | None:
+def recording_of(arguments: argparse.Namespace) -> tuple[Path, str] | None:
     """(root, commit) when the run is to be recorded: asked before anything is timed."""
     if arguments.record:
         return results.recordable_commit(arguments.commit)
@@ -209,14 +171,15 @@ def _recording(arguments: argparse.Namespace) -> tuple[Path, str] | None:
     return None
 
 
-def _header(arguments: argparse.Namespace, recording: tuple[Path, str] | None) -> results.Header:
+def header_of(arguments: argparse.Namespace, recording: tuple[Path, str] | None) -> results.Header:
+    """The header of this run; takes the read bandwidth, which a GPU must have to itself."""
     command = shlex.join(["qsun-bench", *arguments.argv])
     return results.header(
         arguments.device, command, read_bandwidth(arguments.device), recording[1] if recording else None
     )
 
 
-def _finish(
+def finish(
     run: Run,
     suite: str,
     baseline: str,
@@ -224,10 +187,10 @@ def _finish(
     recording: tuple[Path, str] | None,
     before: Run | None = None,
 ) -> int:
+    """Show, write, draw and record a run as the options say; the exit code tells whether all was right."""
     to_stdout = arguments.json is not None and str(arguments.json) == "-"
     stream = sys.stderr if to_stdout else sys.stdout
-    tables.show_run(run, baseline, stream)
-    margins.show(run, stream)
+    views.show(run, baseline, stream)
     if before is not None:
         _show_comparison(before, run, stream)
     if to_stdout:
@@ -237,7 +200,7 @@ def _finish(
     if arguments.plot is not None:
         from qsun_bench import plots
 
-        plots.save(run, arguments.plot)
+        views.plot(run, arguments.plot)
         if plots.has_skew(run):
             plots.save_skew(run, arguments.plot.with_stem(f"{arguments.plot.stem}-skew"))
     if recording is not None:

@@ -36,9 +36,9 @@ def save(run: Run, path: Path) -> None:
     Everything else: the share of the read bandwidth of each case, one bar a contender.
     Raises ResultsError when matplotlib is missing or no record was timed.
     """
-    timed = _timed(run)
+    timed = timed_records(run)
     draw = _over_rows if all("M" in record.fields for record in timed) else _bars
-    _save(run, draw(run, timed), path)
+    save_figure(run, draw(run, timed), path)
 
 
 def save_roofline(run: Run, path: Path) -> None:
@@ -46,19 +46,23 @@ def save_roofline(run: Run, path: Path) -> None:
 
     The floor is the bytes at the read bandwidth in the header. Raises ResultsError as `save` does.
     """
-    _save(run, _over_bytes(run, [record for record in _timed(run) if "M" in record.fields]), path)
+    save_figure(
+        run, _over_bytes(run, [record for record in timed_records(run) if "M" in record.fields]), path
+    )
 
 
 def save_recorded(root: Path, folder: Path) -> Sequence[Path]:
     """Draw every recorded run under `root` into `folder` as SUITE-DEVICE.svg; matrix products as
     SUITE-DEVICE-roofline.svg, too, and skewed batches as SUITE-DEVICE-skew.svg. Returns what was drawn.
     """
+    from qsun_bench import views
+
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for source in sorted((root / results.RESULTS).glob("*/*.json")):
         run = results.parse(source.read_text(), str(source))
         name = f"{source.stem}-{source.parent.name}"
-        plots: list[tuple[str, Callable[[Run, Path], None]]] = [(f"{name}.svg", save)]
+        plots: list[tuple[str, Callable[[Run, Path], None]]] = [(f"{name}.svg", views.plot)]
         if any("M" in record.fields and record.ok for record in run.records):
             plots.append((f"{name}-roofline.svg", save_roofline))
         if has_skew(run):
@@ -69,7 +73,8 @@ def save_recorded(root: Path, folder: Path) -> Sequence[Path]:
     return drawn
 
 
-def _timed(run: Run) -> list[Record]:
+def timed_records(run: Run) -> list[Record]:
+    """The records that can be drawn. Raises ResultsError when there are none, or no matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ResultsError("--plot needs matplotlib: pip install 'qsun[bench]'")
     timed = [record for record in run.records if record.ok and record.us is not None]
@@ -78,7 +83,8 @@ def _timed(run: Run) -> list[Record]:
     return timed
 
 
-def _save(run: Run, figure: Figure, path: Path) -> None:
+def save_figure(run: Run, figure: Figure, path: Path) -> None:
+    """Write a figure with the run it is of above it."""
     figure.suptitle(f"{run.header.device}, commit {run.header.commit}, {run.header.date}", fontsize=9)
     figure.savefig(path, dpi=150)
 
@@ -87,7 +93,8 @@ def _floor(run: Run, record: Record) -> float:
     return record.bytes / run.header.read_tb_s * 1e-6
 
 
-def _grid(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+def grid(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels, at most three beside each other; inches a panel."""
     from matplotlib.figure import Figure
 
     across = min(3, count)
@@ -119,14 +126,19 @@ def _draw_times(
         axes.plot(*zip(*points, strict=True), linewidth=1.2, label=backend, **style)
 
 
-def _finish_axes(axes: Axes, title: str, below: str) -> None:
-    axes.set_yscale("log")
-    _plain_numbers(axes.yaxis)
+def finish_axes(axes: Axes, title: str, below: str, beside: str) -> None:
+    """Names and grid of a panel."""
     axes.set_title(title, fontsize=8)
     axes.set_xlabel(below, fontsize=8)
-    axes.set_ylabel("us", fontsize=8)
+    axes.set_ylabel(beside, fontsize=8)
     axes.tick_params(labelsize=7)
     axes.grid(True, which="both", linewidth=0.3)
+
+
+def _finish_times(axes: Axes, title: str, below: str) -> None:
+    axes.set_yscale("log")
+    _plain_numbers(axes.yaxis)
+    finish_axes(axes, title, below, "us")
 
 
 def _plain_numbers(axis: Axis) -> None:
@@ -138,7 +150,7 @@ def _plain_numbers(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _legend(figure: Figure) -> None:
+def legend(figure: Figure) -> None:
     """One for all panels: their styles agree."""
     entries: dict[str, Any] = {}
     for axes in figure.axes:
@@ -152,7 +164,7 @@ def _over_rows(run: Run, timed: list[Record]) -> Figure:
     for record in timed:
         panels.setdefault(record.case.rpartition(".")[0], []).append(record)
     backends = list(dict.fromkeys(record.backend for record in timed))
-    figure, every = _grid(len(panels), 4.2, 3.2)
+    figure, every = grid(len(panels), 4.2, 3.2)
     for axes, (title, records) in zip(every, panels.items(), strict=True):
         _draw_times(axes, backends, records, lambda r: float(str(r.fields["M"])))
         floor = sorted({(int(str(r.fields["M"])), _floor(run, r)) for r in records})
@@ -161,8 +173,8 @@ def _over_rows(run: Run, timed: list[Record]) -> Figure:
         sizes = [size for size, _ in floor]
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.minorticks_off()
-        _finish_axes(axes, f"{title}  ({records[0].fields['K']} x {records[0].fields['N']})", "M")
-    _legend(figure)
+        _finish_times(axes, f"{title}  ({records[0].fields['K']} x {records[0].fields['N']})", "M")
+    legend(figure)
     return figure
 
 
@@ -171,15 +183,15 @@ def _over_bytes(run: Run, timed: list[Record]) -> Figure:
     for record in timed:
         panels.setdefault(int(str(record.fields["M"])), []).append(record)
     backends = list(dict.fromkeys(record.backend for record in timed))
-    figure, every = _grid(len(panels), 4.2, 3.2)
+    figure, every = grid(len(panels), 4.2, 3.2)
     for axes, (M, records) in zip(every, sorted(panels.items()), strict=True):
         _draw_times(axes, backends, records, lambda r: r.bytes * 1e-6)
         floor = sorted({(r.bytes * 1e-6, _floor(run, r)) for r in records})
         axes.plot(*zip(*floor, strict=True), color="black", linestyle=":", linewidth=1, label="bytes / read")
         axes.set_xscale("log")
         _plain_numbers(axes.xaxis)
-        _finish_axes(axes, f"M = {M}", f"MB read and written ({run.header.read_tb_s:.3g} TB/s dotted)")
-    _legend(figure)
+        _finish_times(axes, f"M = {M}", f"MB read and written ({run.header.read_tb_s:.3g} TB/s dotted)")
+    legend(figure)
     return figure
 
 
@@ -216,20 +228,20 @@ def save_skew(run: Run, path: Path) -> None:
     Skew is the longest request over the mean one, 1 for a uniform batch; a kernel that balances its work by
     the tokens is a flat line. Raises ResultsError as `save` does, and when no batch was timed at two skews.
     """
-    panels = _by_total(_timed(run))
+    panels = _by_total(timed_records(run))
     if not panels:
         raise ResultsError("--plot: no batch was timed at two skews, nothing to draw")
     backends = list(dict.fromkeys(record.backend for records in panels.values() for record in records))
-    figure, every = _grid(len(panels), 4.2, 3.2)
+    figure, every = grid(len(panels), 4.2, 3.2)
     for axes, (title, records) in zip(every, panels.items(), strict=True):
         _draw_times(axes, backends, records, _skew)
         floor = sorted({(_skew(r), _floor(run, r)) for r in records})
         axes.plot(*zip(*floor, strict=True), color="black", linestyle=":", linewidth=1, label="bytes / read")
         axes.set_xscale("log")
         _plain_numbers(axes.xaxis)
-        _finish_axes(axes, title, "longest request / mean request")
-    _legend(figure)
-    _save(run, figure, path)
+        _finish_times(axes, title, "longest request / mean request")
+    legend(figure)
+    save_figure(run, figure, path)
 
 
 def _lengths(record: Record) -> list[int]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qsun.layers.norm import RMSNorm
-from qsun.models.build import Placement, build_layer
+from qsun.models.build import Placement, build_layer, build_linear
 from qsun.models.config import ModelConfig
 from qsun.models.decoder import DecoderStack
 from qsun.models.weights import PROJECTIONS, LayerWeights, Projection, projection_shape
@@ -45,27 +46,50 @@ def model_config(shape: ModelShape, layers: int, max_positions: int) -> ModelCon
 
 
 def random_decode_module(
-    config: ModelConfig, spec: QuantSpec | None, placement: Placement, precision: torch.dtype
+    config: ModelConfig,
+    spec: QuantSpec | None,
+    placement: Placement,
+    precision: torch.dtype,
+    *,
+    head_spec: QuantSpec | None = None,
 ) -> DecodeModule:
-    """Weights drawn on the device, layer by layer; `spec` None keeps them dense.
+    """Weights drawn on the device, layer by layer; `spec` None keeps them dense, `head_spec` the lm_head.
 
     precision: what weights and scales are rounded to. It is placement.dtype, unless the same function is to
     be computed in a wider one.
     """
     generator = torch.Generator(placement.device).manual_seed(0)
+    stack = random_stack(config, spec, placement, precision, generator)
+    rows, width = config.vocab_size, config.hidden_size
+    embed = _dense(rows, width, precision, generator).to(placement.dtype)
+    head: Any = embed
+    in_few_bits: dict[str, Any] = {}
+    if head_spec is not None:
+        packed = random_packed_weight(rows, width, head_spec, precision, generator)
+        head = None
+        in_few_bits = {"head": build_linear([Projection(packed)], placement), "lm_head_digest": "random"}
+    elif not config.tie_word_embeddings:
+        head = _dense(rows, width, precision, generator).to(placement.dtype)
+    fingerprint = DecoderFingerprint.of(config, None, base_digest(embed))
+    card = ModuleCard("random", "decode", fingerprint)
+    return DecodeModule(Path("random"), stack, embed, head, spec, card, **in_few_bits)
+
+
+def random_stack(
+    config: ModelConfig,
+    spec: QuantSpec | None,
+    placement: Placement,
+    precision: torch.dtype,
+    generator: torch.Generator,
+) -> DecoderStack:
+    """The layers and the final norm alone: what a prefill module has of its own."""
     layers = [
         build_layer(_layer(config, spec, precision, generator), layer, config, placement)
         for layer in range(config.num_layers)
     ]
     ones = torch.ones(config.hidden_size, dtype=placement.dtype, device=placement.device)
     table = rope_cache(config.rope, config.head_dim, config.max_position_embeddings, placement.device)
-    stack = DecoderStack(config, layers, RMSNorm(ones, config.rms_norm_eps), table)
-    embed = _dense(config.vocab_size, config.hidden_size, precision, generator).to(placement.dtype)
-    head = embed
-    if not config.tie_word_embeddings:
-        head = _dense(config.vocab_size, config.hidden_size, precision, generator).to(placement.dtype)
-    fingerprint = DecoderFingerprint.of(config, None, base_digest(embed))
-    return DecodeModule(Path("random"), stack, embed, head, spec, ModuleCard("random", "decode", fingerprint))
+    return DecoderStack(config, layers, RMSNorm(ones, config.rms_norm_eps), table)
 
 
 def _layer(

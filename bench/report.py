@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qsun_bench import margins, results, tables
+from qsun_bench import margins, results, tables, views
 from qsun_bench.results import Record, ResultsError, Run
 
 _BLOCK = re.compile(
@@ -85,7 +85,9 @@ def render(name: str, root: Path, path: Path) -> str:
     run = results.parse(source.read_text(), str(source.relative_to(root)))
     if view == "margins":
         return f"{run.header.line()}\n\n{margins.markdown(run)}"
-    table = _by_rows(run) if all("M" in r.fields for r in run.records) else _by_case(run)
+    table = views.markdown(run)
+    if table is None:
+        table = _by_rows(run) if all("M" in r.fields for r in run.records) else _by_case(run)
     return f"{run.header.line()}\n\n{table}"
 
 

@@ -9,7 +9,8 @@ error: the largest error against float64 as a multiple of what is tolerated (1 i
 nothing came out. ok: whether the result was right. read_tb_s: the read-only bandwidth of the device in the
 same run, TB/s. note: only where there is one: why a result was wrong or did not come, or what a peer's figure
 was taken with. plan_us: only where there is one: microseconds of what is done once a step for all layers
-(sharing attention out); us is without it.
+(sharing attention out); us is without it. measured: only where there are some: further figures of the run by
+name (percentiles, memory, a breakdown); like us they are results, and no part of the problem.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One contender on one case; `fields` are the problem's. note, plan_us: see the module."""
+    """One contender on one case; `fields` are the problem's. note, plan_us, measured: see the module."""
 
     op: str
     case: str
@@ -88,6 +89,7 @@ class Record:
     fields: Mapping[str, Json] = field(default_factory=dict)
     note: str = ""
     plan_us: float | None = None
+    measured: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def failed(self) -> bool:
@@ -119,6 +121,8 @@ class Run:
             row = {name: getattr(record, name) for name in _RECORD_TYPES} | dict(record.fields)
             if record.plan_us is not None:
                 row["plan_us"] = record.plan_us
+            if record.measured:
+                row["measured"] = dict(record.measured)
             if record.note:
                 row["note"] = record.note
             rows.append("    " + json.dumps(row))
@@ -149,9 +153,12 @@ def parse(text: str, source: str) -> Run:
         plan_us = checked.pop("plan_us", None)
         if plan_us is not None and not (isinstance(plan_us, (int, float)) and plan_us > 0):
             raise ResultsError(f"{source}: records[{i}].plan_us is {plan_us!r}, expected a positive time")
+        measured = checked.pop("measured", {})
+        if not isinstance(measured, dict):
+            raise ResultsError(f"{source}: records[{i}].measured is {measured!r}, expected an object")
         fields = {name: value for name, value in checked.items() if name not in _RECORD_TYPES}
         known = {name: checked[name] for name in _RECORD_TYPES}
-        records.append(Record(**known, fields=fields, note=note, plan_us=plan_us))
+        records.append(Record(**known, fields=fields, note=note, plan_us=plan_us, measured=measured))
     return Run(Header(**header), tuple(records))
 
 

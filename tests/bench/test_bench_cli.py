@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qsun_bench import commands, results
+from qsun_bench import commands, results, views
 from qsun_bench.cli import main
 from qsun_bench.results import Header, Record, Run
 from qsun_kernels.backends import cuda
@@ -29,7 +29,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    assert "wna16: " in out and "attention: " in out and "decode: " in out
+    assert "wna16: " in out and "attention: " in out and "decode: " in out and "serve: " in out
     assert "smollm2-135m.qkv.w4g64.M1" in out and "int4pack_cpu" in out
 
 
@@ -75,6 +75,69 @@ def test_decode_runs_on_the_cpu(tmp_path: Path) -> None:
         assert (record.fields["layers"], record.fields["of_layers"]) == (2, 30)
     quantised, _, dense, _ = run.records
     assert quantised.bytes < dense.bytes
+    assert quantised.case == "smollm2-135m.L2.w4g64.b1.c20"
+
+
+def test_decode_takes_lists_and_tells_what_it_was_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, plot = tmp_path / "run.json", tmp_path / "run.png"
+    options = [
+        "--smoke",
+        "--layers",
+        "1",
+        "--device",
+        "cpu",
+        "--batch",
+        "2",
+        "--context",
+        "16",
+        "--tokens",
+        "3",
+    ]
+    lists = ["--bits", "8,3,8", "--mix", "models=2,zipf=0", "--generate", "--prefill-chunk", "16"]
+    assert main(["decode", *options, *lists, "--json", str(out), "--plot", str(plot)]) == 0
+    run = results.load(str(out))
+    assert [record.case.removeprefix("smollm2-135m.L1.") for record in run.records] == [
+        f"w{bits}g64.b2.c16{rest}"
+        for bits in (8, 3)
+        for rest in ("", ".mix2z0", ".generate", ".generate.mix2z0")
+    ]
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+    shown = capsys.readouterr().out
+    assert "of floor" in shown and "whole answers" in shown and "memory, GB" in shown
+    # What was recorded can be put into a document.
+    assert "| smollm2-135m.L1.w3g64.b2.c16.generate |" in str(views.markdown(run))
+
+
+def test_a_refused_setting_is_a_failed_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run.json"
+    options = [
+        "--smoke",
+        "--layers",
+        "1",
+        "--device",
+        "cpu",
+        "--batch",
+        "1",
+        "--bits",
+        "4",
+        "--json",
+        str(out),
+    ]
+    assert main(["decode", *options, "--kv-dtype", "int8", "--group-size", "64"]) in (0, 1)
+    (record,) = results.load(str(out)).records
+    captured = capsys.readouterr()
+    # One or the other, by what the installed engine takes; never a time of another cache.
+    assert record.fields["kv_dtype"] == "int8" and record.ok == (record.us is not None)
+    assert record.ok or ("kv_cache_dtype='int8'" in record.note and "FAILED: " in captured.err)
+
+
+def test_a_run_of_decode_ends_at_its_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run.json"
+    options = ["--smoke", "--layers", "1", "--device", "cpu", "--batch", "1,2", "--json", str(out)]
+    assert main(["decode", *options, "--limit", "0.001"]) == 0
+    assert len(results.load(str(out)).records) == 1 and "(--limit)" in capsys.readouterr().err
 
 
 def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,7 +228,39 @@ def test_a_run_ends_at_its_limit_and_keeps_what_it_has(
         (["wna16", "--device", "cpu", "--act-order", "--group", "channel"], "leaves no order"),
         (["attention", "--device", "cpu", "--dtype", "bf16,fp16"], "expected one dtype at a time"),
         (["wna16", "--device", "cpu", "--commit", "0123456"], "--commit: expected only with --record"),
-        (["decode", "--device", "cpu", "--model", "x", "--layers", "2"], "--layers: a checkpoint has"),
+        (["decode", "--device", "cpu", "--model", ".", "--layers", "2"], "--layers: a checkpoint has"),
+        (["decode", "--device", "cpu", "--model", "gpt-5"], "got 'gpt-5', expected one of smollm2-135m"),
+        (
+            ["decode", "--device", "cpu", "--bits", "4,5"],
+            "--bits: got '4,5', expected some of 16, 8, 4, 3, 2",
+        ),
+        (
+            ["decode", "--device", "cpu", "--kv-dtype", "int8,int2"],
+            "--kv-dtype: got 'int8,int2', expected some",
+        ),
+        (
+            ["decode", "--device", "cpu", "--lm-head-bits", "1"],
+            "--lm-head-bits: got '1', expected some of 16",
+        ),
+        (
+            ["decode", "--device", "cpu", "--context", "64,1"],
+            "--context: got '64,1', expected integers of at",
+        ),
+        (
+            ["decode", "--device", "cpu", "--tokens", "1"],
+            "--tokens: got '1', expected integers of at least 2",
+        ),
+        (["decode", "--device", "cpu", "--mix", "zipf=1"], "--mix: got 'zipf=1', expected models=N,zipf=A"),
+        (
+            ["decode", "--device", "cpu", "--mix", "models=1"],
+            "--mix: got 'models=1', expected models=N,zipf=A",
+        ),
+        (["decode", "--device", "cpu", "--mix", "models=8,skew=1"], "expected models=N,zipf=A"),
+        (["decode", "--device", "cpu", "--host"], "--host: on a CPU the host computes the step itself"),
+        (
+            ["decode", "--device", "cpu", "--prefill-chunk", "8"],
+            "--prefill-chunk: expected only with --generate",
+        ),
         (["decode", "--device", "cpu", "--dtype", "float32"], "--dtype: the step is judged against float32"),
         (["decode", "--device", "cpu", "--layers", "31", "--shape", "smollm2-135m"], "expected at most 30"),
         (["compare", "a", "b", "--fail-above", "0.5"], "got '0.5', expected a factor of at least 1"),

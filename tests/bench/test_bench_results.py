@@ -48,6 +48,19 @@ def test_a_plan_is_written_only_where_there_is_one() -> None:
         results.parse(damaged, "x")
 
 
+def test_further_figures_survive_the_file_and_are_no_part_of_the_problem() -> None:
+    told = replace(record(backend="cuda"), measured={"tpot_us": {"p99": 12.5}, "memory": {"peak": None}})
+    run = Run(HEADER, (record(), told))
+    assert results.parse(run.to_json(), "x") == run
+    assert ["measured" in row for row in json.loads(run.to_json())["records"]] == [False, True]
+    assert told.key == record(backend="cuda").key
+    damaged = run.to_json().replace(
+        '"measured": {"tpot_us": {"p99": 12.5}, "memory": {"peak": null}}', '"measured": 3'
+    )
+    with pytest.raises(ResultsError, match=r"records\[1\].measured is 3, expected an object"):
+        results.parse(damaged, "x")
+
+
 def test_failed_is_told_from_wrong() -> None:
     wrong = record(us=None, ok=False)
     assert not wrong.failed and replace(wrong, error=None).failed and not record().failed

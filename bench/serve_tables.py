@@ -1,0 +1,74 @@
+"""Runs of `qsun-bench serve` as a table: the two arms under each other, load by load."""
+
+from __future__ import annotations
+
+from typing import TextIO
+
+from qsun_bench import tables
+from qsun_bench.engine_suites import PER_MODEL, SERVE
+from qsun_bench.results import Record, Run
+
+COLUMNS = (
+    "case", "arm", "req/s offered", "met", "goodput/s", f"vs {PER_MODEL}", "tokens/s",
+    "TTFT ms p50", "p95", "p99", "TPOT ms p50", "p95", "p99", "batch", "left",
+)  # fmt: skip
+
+
+def belongs(run: Run) -> bool:
+    """Whether a run is of this kind."""
+    return any(record.op == SERVE for record in run.records)
+
+
+def rows(run: Run) -> tuple[tables.Row, ...]:
+    """In order of the offered rate, the arms of a case together."""
+    order = list(dict.fromkeys(record.case for record in run.records))
+    found = sorted(
+        run.records, key=lambda record: (record.measured.get("offered_s", 0), order.index(record.case))
+    )
+    return tuple(_row(record, run) for record in found)
+
+
+def show(run: Run, stream: TextIO) -> None:
+    """Print it."""
+    tables.show(run.header.line(), COLUMNS, rows(run), stream, text_columns=2)
+    for record in run.records:
+        if record.ok and record.note:
+            print(record.note, file=stream)
+            break
+
+
+def markdown(run: Run) -> str:
+    """The same for a document."""
+    return tables.markdown(COLUMNS, rows(run), text_columns=2)
+
+
+def _row(record: Record, run: Run) -> tables.Row:
+    if not record.ok or not record.measured:
+        return (record.case, record.backend, "FAILED", *[""] * (len(COLUMNS) - 3))
+    measured = record.measured
+    base = next(
+        (
+            r
+            for r in run.records
+            if r.case == record.case and r.backend == PER_MODEL and r.ok and r is not record
+        ),
+        None,
+    )
+    goodput = measured["goodput_s"]
+    other = 0.0 if base is None else base.measured["goodput_s"]
+    ttft, tpot = measured["ttft_ms"], measured["tpot_ms"]
+    times = [f"{ttft[p]:.1f}" for p in ("p50", "p95", "p99")] + [
+        f"{tpot[p]:.2f}" for p in ("p50", "p95", "p99")
+    ]
+    return (
+        record.case,
+        record.backend,
+        f"{measured['offered_s']:.3g}",
+        f"{measured['met']}/{measured['requests']}",
+        f"{goodput:.3g}",
+        f"{goodput / other:.2f}x" if other else "",
+        f"{measured['tokens_s']:.1f}",
+        *times,
+        f"{measured['mean_batch']:.1f}",
+        str(measured["unfinished"]),
+    )
