@@ -53,9 +53,10 @@ def save_roofline(run: Run, path: Path) -> None:
 
 def save_recorded(root: Path, folder: Path) -> Sequence[Path]:
     """Draw every recorded run under `root` into `folder` as SUITE-DEVICE.svg; matrix products as
-    SUITE-DEVICE-roofline.svg, too, and skewed batches as SUITE-DEVICE-skew.svg. Returns what was drawn.
+    SUITE-DEVICE-roofline.svg, too, and skewed batches as SUITE-DEVICE-skew.svg; the accuracy study as
+    accuracy.svg. Returns what was drawn.
     """
-    from qsun_bench import views
+    from qsun_bench import accuracy, views
 
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
@@ -70,6 +71,9 @@ def save_recorded(root: Path, folder: Path) -> Sequence[Path]:
         for file, draw in plots:
             draw(run, folder / file)
             drawn.append(folder / file)
+    if (root / accuracy.FILE).is_file():
+        accuracy.plot(accuracy.read(root), folder / "accuracy.svg")
+        drawn.append(folder / "accuracy.svg")
     return drawn
 
 

@@ -2,7 +2,8 @@
 
 A block stands between `<!-- bench:NAME -->` and `<!-- /bench -->`, each on a line of its own; NAME is
 SUITE-DEVICE, for example `wna16-h100`, and stands for bench/results/DEVICE/SUITE.json; SUITE-DEVICE:margins
-for the same run against its best peers and the floor. What is between the marks is overwritten.
+for the same run against its best peers and the floor; accuracy and accuracy:paired for the accuracy study.
+What is between the marks is overwritten.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qsun_bench import margins, results, tables, views
+from qsun_bench import accuracy, margins, results, tables, views
 from qsun_bench.results import Record, ResultsError, Run
 
 _BLOCK = re.compile(
@@ -74,6 +75,10 @@ def regenerate(text: str, root: Path, path: Path) -> str:
 def render(name: str, root: Path, path: Path) -> str:
     """The body of one block."""
     recorded, _, view = name.partition(":")
+    if recorded == "accuracy":
+        if view not in accuracy.VIEWS:
+            raise ResultsError(f"{path}: block bench:{name} asks for {view!r}, expected nothing or paired")
+        return accuracy.markdown(accuracy.read(root), view)
     suite, _, device = recorded.rpartition("-")
     if view not in ("", "margins"):
         raise ResultsError(f"{path}: block bench:{name} asks for {view!r}, expected nothing or margins")
