@@ -125,8 +125,9 @@ class BuildCuda(build_ext):
         import pybind11
 
         # CMake's cache outlives the environment of an isolated build, so every path into one is given anew.
-        # It cannot change its compiler, so each compiler has a folder of its own.
-        compiler = f"{plan.nvcc}\n{runs([str(plan.nvcc), '--version'])}"
+        # It cannot change its compiler, so each compiler has a folder of its own; so has each list of
+        # architectures, whose objects and compiler reports another build then leaves as they are.
+        compiler = f"{plan.nvcc}\n{runs([str(plan.nvcc), '--version'])}\n{plan.archs}"
         key = hashlib.sha256(compiler.encode()).hexdigest()[:8]
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{key}"
         configure = [
