@@ -146,9 +146,13 @@ def _ask(
     arguments: argparse.Namespace, engine: DecodeEngine, task: Task, sources: dict[str, Path | None]
 ) -> dict[str, Any]:
     from qsun.evaluation import runner
+    from qsun.modules.quantize import DENSE_BITS
 
     decode = engine.decode_module
-    identity = {"decoder": f"{decode.path.resolve()}, {decode.quantization or '16-bit'}, {decode.dtype}"}
+    decoder = f"{decode.path.resolve()}, {decode.quantization or '16-bit'}, {decode.dtype}"
+    if decode.lm_head_bits != DENSE_BITS:
+        decoder += f", lm_head of {decode.lm_head_bits} bits"
+    identity = {"decoder": decoder}
     for name, path in sources.items():
         module = _module(engine, name, path)
         identity[f"model {name}"] = f"{module.fingerprint}, first token by {module.first_token}"

@@ -13,6 +13,7 @@ import torch
 from qsun.cli.answers import Pace
 from qsun.engine.report import operator_problems
 from qsun.layers.linear import QuantLinear
+from qsun.layers.mlp import GateUpSilu
 from qsun_kernels.ops.explain import explain_rows
 from qsun_kernels.testing.timing import read_bandwidth
 
@@ -120,6 +121,9 @@ def _backends(engine: DecodeEngine) -> dict[str, str]:
         if isinstance(linear, QuantLinear):
             weight = linear.weight
             found["wna16_linear"] = f"{weight.backend} ({weight.spec}, layout {weight.layout})"
+    if isinstance(mlp.gate_up, GateUpSilu):
+        weight = mlp.gate_up.weight
+        found["wna16_gate_up_silu"] = f"{weight.backend} ({weight.spec}, layout {weight.layout})"
     for row in explain_rows(
         operator_problems(decode, engine.options.block_size, decode.dtype), backend=engine.options.backend
     ):

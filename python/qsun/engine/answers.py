@@ -29,6 +29,11 @@ class Answer:
             request.params, request.seed, self.sequence.tokens, self.sequence.num_prompt, self.end_ids
         )
 
+    def is_over(self, token: int) -> bool:
+        """Whether the token just appended to the sequence ends the request, whatever its text is."""
+        request, count = self.sequence.request, self.sequence.num_output
+        return count >= request.max_tokens or (token in self.end_ids and count > request.params.min_tokens)
+
     def token(self, token: int, logprobs: TokenLogprobs | None) -> StepOutput:
         """Take in the token just appended to the sequence.  The output says whether it ends the request."""
         reason = self._reason(token)

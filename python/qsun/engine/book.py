@@ -32,10 +32,12 @@ class RequestBook:
         self.workspace = workspace
         self.counters = Counters()
         self.answers: dict[str, Answer] = {}
-        self._registry = registry
         self._tokenizer = tokenizer
         self._end_ids = end_ids
         self._outbox = Outbox()
+        self._executor = StepExecutor(
+            workspace, registry, self.answers, self.counters, overlap=workspace.overlap
+        )
         self._arrivals = 0
 
     @property
@@ -99,16 +101,15 @@ class RequestBook:
     def give_first_token(self, answer: Answer, token: int) -> None:
         """Append a first token that came with the request, which it may already end."""
         answer.sequence.tokens.append(token)
-        executor = self._executor()
-        executor.tell(answer, token, None)
-        self._outbox.put(executor.outputs)
+        self._executor.tell(answer, token, None)
+        self._outbox.put(self._executor.take_outputs())
 
     def cancel(self, request_id: str) -> bool:
         """End a request and keep the output that tells so.  False when it is not running."""
         answer = self.answers.get(request_id)
         if answer is None:
             return False
-        self._outbox.put([self._executor().end(answer, "cancelled")])
+        self._outbox.put([self._executor.end(answer, "cancelled")])
         return True
 
     def withdraw(self, request_ids: Collection[str]) -> None:
@@ -131,7 +132,4 @@ class RequestBook:
         return outputs
 
     def _compute(self) -> list[StepOutput]:
-        return self._executor().step() if self.answers else []
-
-    def _executor(self) -> StepExecutor:
-        return StepExecutor(self.workspace, self._registry, self.answers, self.counters)
+        return self._executor.step() if self.answers else []

@@ -91,6 +91,7 @@ class DecodeEngine:
         symmetric: bool = True,
         quantizer: str = "rtn",
         calibration: Items[Items[int]] | None = None,
+        lm_head_bits: int = 16,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str | None = None,
         progress: Progress | None = None,
@@ -100,10 +101,10 @@ class DecodeEngine:
 
         model: a checkpoint directory, a GGUF file, or a hub id ("owner/name").
         bits: 2, 3, 4 or 8 quantises 16-bit weights on the way in; 16 keeps them; None takes the checkpoint as
-            it is stored.  group_size, symmetric, quantizer, calibration, dtype, device, progress: as in
-            `load_decode_module`.
+            it is stored.  lm_head_bits: 16, 8 or 4, of the lm_head.  group_size, symmetric, quantizer,
+            calibration, dtype, device, progress: as in `load_decode_module`.
         options: the fields of `EngineOptions`: kv_cache_dtype, max_batch_size, max_model_len, block_size,
-            memory, swap_memory, prefill_chunk, first_token, backend, cuda_graphs, prefix_reuse.
+            memory, swap_memory, prefill_chunk, first_token, backend, cuda_graphs, prefix_reuse, overlap.
 
         Raises CheckpointError for a checkpoint that is damaged or not there, ValueError or TypeError for a
         bad argument, BackendUnavailable for a backend that cannot run it.
@@ -121,6 +122,7 @@ class DecodeEngine:
             backend=checked.backend,
             quantizer=quantizer,  # type: ignore[arg-type]  # checked there, by name
             calibration=calibration,
+            lm_head_bits=lm_head_bits,
             progress=progress,
         )
         return cls(decode, tokenizer, checked, base_path=path)
@@ -302,7 +304,8 @@ class DecodeEngine:
         """Compute one step for all requests.
 
         Returns what each gained: usually one token for every request in the batch, and the end of those that
-        ended.  A request that fails ends with finish_reason "error"; the others go on.
+        ended.  A request that fails ends with finish_reason "error"; the others go on.  With
+        `EngineOptions.overlap` it is what the step before has computed: the first call returns nothing.
         """
         return [] if self._book is None else self._book.step()
 

@@ -13,15 +13,24 @@ roundings.
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
+import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["gumbel_noise", "row_key", "uniform_bits"]
+__all__ = ["STATE_STEP", "gumbel_noise", "mix_states", "row_key", "row_state", "uniform_bits"]
+
+UInt64Array: TypeAlias = NDArray[numpy.uint64]
 
 _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
+
+STATE_STEP = _GAMMA
+"""What the state of a row grows by from one step to the next, modulo 2**64."""
 
 
 def _signed(value: int) -> int:
@@ -39,7 +48,23 @@ def _mix(value: int) -> int:
 
 def row_key(seed: int, step: int) -> int:
     """The key of one draw, as a signed 64-bit integer.  step: tokens of the output so far."""
-    return _signed(_mix(_mix(seed + _GAMMA) + (step + 1) * _GAMMA))
+    return _signed(_mix(row_state(seed, step)))
+
+
+def row_state(seed: int, step: int) -> int:
+    """What `row_key` mixes, in [0, 2**64): each step adds `STATE_STEP` to it."""
+    return (_mix(seed + _GAMMA) + (step + 1) * _GAMMA) & _MASK
+
+
+def mix_states(states: UInt64Array, keys: UInt64Array, work: UInt64Array) -> None:
+    """Write the keys of many rows' states; all are (B,), `work` is scratch.  As `row_key`, bit for bit."""
+    numpy.copyto(keys, states)
+    for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
+        numpy.right_shift(keys, numpy.uint64(shift), out=work)
+        numpy.bitwise_xor(keys, work, out=keys)
+        numpy.multiply(keys, numpy.uint64(factor), out=keys)
+    numpy.right_shift(keys, numpy.uint64(31), out=work)
+    numpy.bitwise_xor(keys, work, out=keys)
 
 
 def _shifted(bits: Tensor, count: int) -> Tensor:

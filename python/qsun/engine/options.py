@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -12,7 +12,9 @@ from qsun.engine.memory import parse_memory
 from qsun.engine.runner import GraphMode
 from qsun_kernels.backends.problems import BACKENDS, BackendName
 
-__all__ = ["EngineOptions", "kv_dtype_of"]
+__all__ = ["EngineOptions", "Overlap", "kv_dtype_of"]
+
+Overlap = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,8 @@ class EngineOptions:
     first_token: the convention of modules that state none.
     backend: of every operator; None is the best there is for each.
     prefix_reuse: whether requests of one model share the KV of common beginnings.
+    overlap: whether the host prepares a step while the device computes the one before, so that what a step
+        gained is told by the next call of `step`; "auto" is on a GPU only.
 
     Raises ValueError naming the field.
     """
@@ -46,6 +50,7 @@ class EngineOptions:
     backend: BackendName | None = None
     cuda_graphs: GraphMode = "auto"
     prefix_reuse: bool = True
+    overlap: Overlap = "auto"
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "block_size", "prefill_chunk"):
@@ -57,6 +62,7 @@ class EngineOptions:
                 parse_memory(value, name)
         _one_of("first_token", self.first_token, get_args(FirstToken))
         _one_of("cuda_graphs", self.cuda_graphs, get_args(GraphMode))
+        _one_of("overlap", self.overlap, get_args(Overlap))
         _one_of("backend", self.backend, (None, *BACKENDS))
         kv_dtype_of(self.kv_cache_dtype, torch.float32)
 

@@ -9,6 +9,7 @@ import torch
 
 from qsun.engine.options import EngineOptions, kv_dtype_of
 from qsun.layers.linear import DenseLinear, Linear, QuantLinear, SplitLinear
+from qsun.layers.mlp import GateUpSilu
 from qsun_kernels import explain
 from qsun_kernels.backends.dispatch import requested_backend, select
 from qsun_kernels.backends.problems import (
@@ -83,7 +84,10 @@ def explain_engine(
         lines.append("memory: the cache is made with the first request")
     else:
         lines.append(f"memory: {workspace.plan}; max_model_len {workspace.limits.max_model_len}")
-        lines.append(f"decode step: {workspace.runner.graph_status}")
+        ahead = (
+            "launched ahead of the host" if workspace.overlap else "collected by the call that launched it"
+        )
+        lines.append(f"decode step: {workspace.runner.graph_status}; {ahead}")
     return "\n".join(lines)
 
 
@@ -102,7 +106,10 @@ def _describe_decode(
         f" {config.num_q_heads}/{config.num_kv_heads} heads of {config.head_dim}, {decode.dtype},"
         f" {decode.device}; {weights}",
         *sorted(set(_linear_lines(decode.stack))),
-        f"lm_head  (N={decode.lm_head.shape[0]} K={decode.lm_head.shape[1]})  torch",
+        *_describe_linear(
+            f"lm_head, {decode.lm_head_bits} bits" if isinstance(decode.head, QuantLinear) else "lm_head",
+            decode.head,
+        ),
         explain(operator_problems(decode, block_size, kv_dtype), backend=backend),
     ]
     return "\n".join(lines)
@@ -114,10 +121,14 @@ def _linear_lines(stack: DecoderStack) -> Iterator[str]:
         for name, linear in (
             ("qkv", attention.qkv),
             ("o", attention.o),
-            ("gate_up", mlp.gate_up),
             ("down", mlp.down),
         ):
             yield from _describe_linear(name, linear)
+        if isinstance(mlp.gate_up, GateUpSilu):
+            weight = mlp.gate_up.weight
+            yield f"gate_up_silu  (N={weight.N} K={weight.K})  {weight.backend}, layout {weight.layout}"
+        else:
+            yield from _describe_linear("gate_up", mlp.gate_up)
 
 
 def _describe_linear(name: str, linear: Linear) -> Iterator[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as Items
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -13,7 +15,10 @@ from torch import Tensor
 
 from qsun.core import Chunk, ForwardContext, PrefillAttention, PrefillChunk, Sequence
 from qsun.engine.cuda_graphs import DecodeGraphs, batch_buckets, bucket_for
-from qsun.engine.inputs import DecodeInputs, prefill_inputs
+from qsun.engine.decode_inputs import DecodeInputs, Members
+from qsun.engine.device_sampler import sample_tokens
+from qsun.engine.inputs import prefill_inputs
+from qsun.engine.memory import format_bytes
 from qsun.kv_cache.block_tables import blocks_for
 from qsun.kv_cache.tensors import KVCache
 from qsun_kernels import use_backend
@@ -23,7 +28,9 @@ if TYPE_CHECKING:
     from qsun.modules.decode import DecodeModule
     from qsun_kernels.backends.problems import BackendName
 
-__all__ = ["GraphMode", "Runner", "running", "step_memory"]
+__all__ = ["DecodeStep", "GraphMode", "Runner", "running", "step_memory"]
+
+logger = logging.getLogger(__name__)
 
 # "auto": graphs where they can be captured, with a warning where they cannot; "on": an error there.
 GraphMode = Literal["auto", "on", "off"]
@@ -38,6 +45,30 @@ def running(stream: torch.cuda.Stream | None, backend: BackendName | None) -> It
         nullcontext() if backend is None else use_backend(backend),
     ):
         yield
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodeStep:
+    """A decode step that was launched.
+
+    members: whose step it is, with their rows.  logits: (rows, V) on the device, in the module's dtype; the
+    next launch overwrites them.
+    """
+
+    members: Members
+    logits: Tensor
+    _result: Tensor
+    _done: torch.cuda.Event | None
+
+    def tokens(self) -> list[int]:
+        """What was drawn, by row, -1 where the logits were not finite.  Waits for the step to end.
+
+        The launch after the next one overwrites it.
+        """
+        if self._done is not None:
+            self._done.synchronize()
+        tokens: list[int] = self._result.tolist()
+        return tokens
 
 
 class Runner:
@@ -63,15 +94,25 @@ class Runner:
         self._backend = backend
         with self.running():
             self._inputs = DecodeInputs(max_batch_size, max_blocks, kv_cache.block_size, kv_cache.device)
+        # In turn: a step is launched while the one before it runs.
+        self._events = [None, None] if stream is None else [torch.cuda.Event(), torch.cuda.Event()]
         self.graphs: DecodeGraphs | None = None
         self.graph_status = "eager: no CUDA device" if stream is None else "eager: cuda_graphs='off'"
         if stream is not None and cuda_graphs != "off":
             self._capture(batch_buckets(max_batch_size), stream, cuda_graphs)
+        # Without graphs nothing is won by padding.
+        self.use_buckets(range(1, max_batch_size + 1) if self.graphs is None else self.graphs.buckets)
 
     def _capture(self, buckets: tuple[int, ...], stream: torch.cuda.Stream, cuda_graphs: GraphMode) -> None:
         try:
             with self.running():
-                self.graphs = DecodeGraphs(self._decode_forward, self._inputs, buckets, stream)
+                self.graphs = DecodeGraphs(self._decode_forward, buckets, stream)
+        except torch.OutOfMemoryError as failure:
+            raise ValueError(
+                f"max_batch_size is {buckets[-1]} and memory leaves too little of {stream.device} to capture"
+                f" the decode step of that many rows ({failure}), expected a smaller max_batch_size or"
+                " memory, or cuda_graphs='off'"
+            ) from failure
         except RuntimeError as failure:
             if cuda_graphs == "on":
                 raise
@@ -80,7 +121,15 @@ class Runner:
                 f"the decode step runs without CUDA graphs: {failure}", RuntimeWarning, stacklevel=4
             )
         else:
-            self.graph_status = f"CUDA graphs for batches of {', '.join(map(str, buckets))}"
+            self.graph_status = (
+                f"CUDA graphs for batches of {', '.join(map(str, buckets))}, captured in"
+                f" {self.graphs.seconds:.1f} s, {format_bytes(self.graphs.nbytes)}"
+            )
+            logger.info("decode step: %s", self.graph_status)
+
+    def use_buckets(self, buckets: Items[int]) -> None:
+        """Sizes, rising, that decode batches are padded to from now on; the last is the largest batch."""
+        self._rows_for = [0, *(bucket_for(rows, buckets) for rows in range(1, buckets[-1] + 1))]
 
     def running(self) -> AbstractContextManager[None]:
         """Where every other method has to be called, and whatever else touches the cache."""
@@ -99,24 +148,60 @@ class Runner:
         """float32 (n, V) of hidden states (n, H) through the lm_head that all modules share."""
         return self.decode_module.logits(hidden)
 
-    def decode(self, sequences: Items[Sequence]) -> Tensor:
-        """One token further for each sequence.  Returns logits float32 (n, V), valid until the next call."""
-        rows = len(sequences)
-        if self.graphs is None:
-            self._inputs.fill(sequences, rows)
-            return self._decode_forward(rows)
-        bucket = bucket_for(rows, self.graphs.buckets)
-        self._inputs.fill(sequences, bucket)
-        return self.graphs.replay(bucket)[:rows]
+    @property
+    def num_decoding(self) -> int:
+        """Sequences that a step after the last one would have, as far as anybody knows."""
+        return self._inputs.num_sequences
+
+    def decode(self, sequences: Items[Sequence]) -> DecodeStep:
+        """Launch a step for these sequences, in order of arrival, from their last tokens.
+
+        Waits for a step that is under way: after an interruption nobody has collected it.
+        """
+        last = self._events[-1]
+        if last is not None:
+            last.synchronize()
+        self._inputs.place(sequences, self._rows_for[len(sequences)])
+        return self._launch(from_host=True)
+
+    def decode_next(self, extend: Callable[[Collection[Sequence]], bool]) -> DecodeStep | None:
+        """Launch a step for the sequences of the last one, from the tokens that it draws.
+
+        The last step may be under way.  extend: gives sequences a block more each, or none and False.
+        None, and nothing was changed, when that is refused or other rows are called for.
+        """
+        if not self._inputs.advance(extend, self._rows_for.__getitem__):
+            return None
+        return self._launch(from_host=False)
+
+    def leave(self, sequence: Sequence) -> None:
+        """A sequence has ended: later steps do without it."""
+        self._inputs.vacate(sequence)
+
+    def _launch(self, *, from_host: bool) -> DecodeStep:
+        inputs = self._inputs
+        rows = self._rows_for[inputs.span]
+        inputs.stage(from_host=from_host)
+        logits = self._decode_forward(rows) if self.graphs is None else self.graphs.replay(rows)
+        result = inputs.fetch()
+        done = self._events[0]
+        self._events.reverse()
+        if done is not None:
+            done.record()
+        inputs.prepare()
+        return DecodeStep(inputs.members, logits, result, done)
 
     def _decode_forward(self, rows: int) -> Tensor:
-        return _decode_step(
-            self.decode_module, self._inputs.token_ids(rows), self._inputs.context(rows), self.kv_cache
-        )
+        """Logits (rows, V) of what the input tensors hold, and the tokens drawn from them taken in."""
+        inputs = self._inputs
+        inputs.write_blocks(rows)
+        logits = _decode_step(self.decode_module, inputs.token_ids(rows), inputs.context(rows), self.kv_cache)
+        inputs.take(*sample_tokens(logits, *inputs.sampling(rows)))
+        return logits
 
 
 def _decode_step(decode: DecodeModule, token_ids: Tensor, ctx: ForwardContext, kv_cache: KVCache) -> Tensor:
-    return decode.logits(decode.stack.forward(decode.embed(token_ids), ctx, kv_cache))
+    return decode.head(decode.stack.forward(decode.embed(token_ids), ctx, kv_cache))
 
 
 def step_memory(
@@ -153,7 +238,7 @@ def step_memory(
         logits = _decode_step(
             decode, inputs.token_ids(max_batch_size), inputs.context(max_batch_size), kv_cache
         )
-        # The sampler's worst case: float64 probabilities, their sums and the noise beside the logits.
+        # The samplers' worst case: float64 probabilities, their sums and the noise beside the logits.
         work = [torch.empty_like(logits, dtype=torch.float64) for _ in range(6)]
         stream.synchronize()
         del work, logits

@@ -21,7 +21,7 @@ from torch import Tensor
 from qsun.core import SamplingParams, TokenLogprobs
 from qsun.engine.noise import gumbel_noise, row_key
 
-__all__ = ["SampledTokens", "SamplerRow", "filter_logits", "modify_logits", "sample"]
+__all__ = ["SampledTokens", "SamplerRow", "filter_logits", "modify_logits", "needs_host", "sample"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +100,14 @@ def modify_logits(logits: Tensor, rows: Items[SamplerRow]) -> Tensor:
         where = torch.tensor([at_row, at_token], device=logits.device).unbind()
         logits[where] = float("-inf")
     return logits
+
+
+def needs_host(params: SamplingParams, num_output: int) -> bool:
+    """Whether the host has to draw a request's next token: all tokens so far decide, or logits are asked for.
+
+    num_output: tokens of the output so far.
+    """
+    return _penalised(params) or params.logprobs is not None or num_output < params.min_tokens
 
 
 def _penalised(params: SamplingParams) -> bool:

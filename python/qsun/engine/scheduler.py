@@ -14,10 +14,16 @@ by its own prefill module, the response by the decode module.  KV that came with
 by anything here: such a sequence enters when no older one can ever need its blocks, or when there is room to
 save them.  It then keeps its blocks, or, if that room was taken in the meantime, ends in the error that names
 what is missing.
+
+While the device computes a step, the host may begin the next one before it knows the tokens of the first
+(`engine/step.py`).  Nothing here runs ahead: a sequence's tokens and num_computed are those of steps whose
+tokens are known.  What is asked in between is only whether the next step can be the same sequences once more
+(`has_other_work`), and for the blocks that this takes (`extend`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Protocol
 
 from qsun.core import Batch, Chunk, FinishReason, Sequence
@@ -81,6 +87,8 @@ class Scheduler:
         self._ended: list[Sequence] = []
         # Preempted in the step being scheduled.
         self._gave_way: set[Sequence] = set()
+        # The first sequence that waits, and the blocks it lacks, while the prefix index stays as it is.
+        self._next_in: tuple[Sequence, int] | None = None
         self.num_swaps = 0
         self.num_rebuilds = 0
         self.num_lost = 0
@@ -126,6 +134,7 @@ class Scheduler:
         budget = self.token_budget
         admitting = True
         self._gave_way.clear()
+        self._next_in = None
         for sequence in tuple(self.live.values()):
             if sequence.state == "finished":
                 continue
@@ -148,6 +157,36 @@ class Scheduler:
             rebuild=tuple(chunk for chunk in chunks if chunk.writer == "decode"),
             decode=tuple(decode),
         )
+
+    def has_other_work(self, num_decoding: int) -> bool:
+        """Whether the next step may be more than one more token for the sequences that are decoding now.
+
+        num_decoding: how many those are.  True also where only `schedule` can tell.
+        """
+        holders = len(self._holding)
+        if holders != num_decoding or self._ended:
+            return True
+        if len(self.live) == holders:
+            return False
+        if next(iter(self.live.values())).state in ("queued", "swapped"):
+            return True  # the oldest enters whatever it takes
+        if holders >= self.max_batch_size:
+            return False
+        if self._next_in is None or self._next_in[0].state not in ("queued", "swapped"):
+            waiting = next(s for s in self.live.values() if s.state in ("queued", "swapped"))
+            self._next_in = waiting, self._missing(waiting)
+        waiting, missing = self._next_in
+        if missing + holders > self.tables.pool.num_available:
+            return False
+        return not waiting.given or self._is_safe(waiting)
+
+    def extend(self, sequences: Collection[Sequence]) -> bool:
+        """One block more for each of these, taken from nobody.  False: too few, and none is given."""
+        if len(sequences) > self.tables.pool.num_available:
+            return False
+        for sequence in sequences:
+            self.tables.extend(sequence)
+        return True
 
     def chunk_done(self, chunk: Chunk) -> None:
         """Note that a chunk's KV is in the cache; what its prefill module wrote becomes findable."""
@@ -187,10 +226,7 @@ class Scheduler:
             return False
         while True:
             holders = len(self._holding)
-            if sequence.state == "swapped":
-                missing = self.tables.blocks_for(len(sequence.tokens))
-            else:
-                missing = self.tables.missing_for_admission(sequence)
+            missing = self._missing(sequence)
             # Whoever enters leaves each of the others room for one more block, or it would soon be thrown
             # out again.
             spare = 0 if oldest else holders
@@ -212,6 +248,12 @@ class Scheduler:
             self.tables.admit(sequence)
         sequence.state = "decoding" if sequence.num_computed == sequence.fill_target else "prefilling"
         return True
+
+    def _missing(self, sequence: Sequence) -> int:
+        """Available blocks that a sequence without blocks would take."""
+        if sequence.state == "swapped":
+            return self.tables.blocks_for(len(sequence.tokens))
+        return self.tables.missing_for_admission(sequence)
 
     def _is_safe(self, sequence: Sequence) -> bool:
         """Whether KV that cannot be rebuilt may take blocks: it can be saved, or nobody will ask for them."""

@@ -20,6 +20,9 @@ class Counters:
     prefill_tokens: int = 0
     rebuilt_tokens: int = 0
     decode_tokens: int = 0
+    dropped_tokens: int = 0
+    host_seconds: float = 0.0
+    wait_seconds: float = 0.0
     output_tokens: int = 0
     prompt_tokens: int = 0
     prefix_hit_tokens: int = 0
@@ -38,13 +41,15 @@ class EngineStats:
     prompt_tokens: tokens of all prompts accepted; prefill_tokens: computed by prefill modules;
         prefix_hit_tokens: found in the cache instead; rebuilt_tokens: response positions computed again after
         a preemption.
-    decode_tokens: rows of all decode batches; output_tokens: tokens of all answers.
+    decode_tokens: rows of all decode batches; output_tokens: tokens of all answers.  dropped_tokens: rows
+        that were launched before it was known that their request had ended; no other number counts them.
+    host_seconds: time in `step` without wait_seconds, which was spent waiting for the device.
     swaps, rebuilds: preemptions by what became of the KV; lost: requests ended with MissingKV.
     blocks, blocks_in_use, blocks_cached: of the cache, held by requests, and idle but findable;
         swap_blocks_in_use: in host memory.  evictions: findable blocks that had to make room.
     bytes_read_per_token: weights and KV that decode batches read, by the algorithm, over their tokens;
         weight_bytes_per_step: the weights' part of one decode step, whatever its batch.
-    kv_bytes, graph_bytes: memory of the cache and of the captured graphs.
+    kv_bytes, graph_bytes: memory of the cache and of the captured graphs; graph_seconds: to capture them.
     """
 
     steps: int
@@ -54,6 +59,9 @@ class EngineStats:
     prefix_hit_tokens: int
     rebuilt_tokens: int
     decode_tokens: int
+    dropped_tokens: int
+    host_seconds: float
+    wait_seconds: float
     output_tokens: int
     finished: int
     cancelled: int
@@ -70,6 +78,7 @@ class EngineStats:
     weight_bytes_per_step: int
     kv_bytes: int
     graph_bytes: int
+    graph_seconds: float
     running: int
     waiting: int
 
@@ -103,6 +112,9 @@ class EngineStats:
             prefix_hit_tokens=counters.prefix_hit_tokens + hits,
             rebuilt_tokens=counters.rebuilt_tokens,
             decode_tokens=counters.decode_tokens,
+            dropped_tokens=counters.dropped_tokens,
+            host_seconds=counters.host_seconds,
+            wait_seconds=counters.wait_seconds,
             output_tokens=counters.output_tokens,
             finished=counters.finished,
             cancelled=counters.cancelled,
@@ -119,6 +131,7 @@ class EngineStats:
             weight_bytes_per_step=weight_bytes_per_step,
             kv_bytes=0 if workspace is None else workspace.kv_cache.nbytes,
             graph_bytes=0 if graphs is None else graphs.nbytes,
+            graph_seconds=0.0 if graphs is None else graphs.seconds,
             running=running,
             waiting=unfinished - running,
         )

@@ -1,8 +1,28 @@
-"""One step: what the scheduler plans is computed, sampled and told; what fails ends alone."""
+"""One step: what the scheduler plans is computed, sampled and told; what fails ends alone.
+
+A decode step is *launched*, *collected* (its tokens come to the host and to their sequences) and *told*
+(text, stop strings, outputs).  With overlap, the host launches the next step before it collects the last, so
+that the device never waits for the host:
+
+    device    | step t      | step t+1    | step t+2    |
+    host        launch t+1, collect t, tell t
+                              launch t+2, collect t+1, tell t+1
+
+That is possible where step t+1 is the sequences of step t once more, reading the tokens of step t where the
+device has left them (`Runner.decode_next`).  Of a sequence that turns out to have ended at t, step t+1 has
+computed a token too many: it is dropped and never told.  The blocks of such a sequence are free at once, for
+whatever is written to them next comes later on the same stream.
+
+Everything else is launched after the last step was collected: a batch that others join, preemptions, rows
+that only the host can draw (`needs_host`) and first tokens by a prefill module.  Even then most of the
+telling is done while the device works.  Scheduler and sequences know of collected steps only, so none of
+their rules changes.
+"""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -11,11 +31,13 @@ import torch
 from torch import Tensor
 
 from qsun.core import Chunk, FinishReason, Sequence, StepOutput, TokenLogprobs
-from qsun.engine.sampler import sample
+from qsun.engine.sampler import needs_host, sample
 
 if TYPE_CHECKING:
     from qsun.engine.answers import Answer
+    from qsun.engine.decode_inputs import Members
     from qsun.engine.registry import Registry
+    from qsun.engine.runner import DecodeStep
     from qsun.engine.statistics import Counters
     from qsun.engine.workspace import Workspace
 
@@ -24,42 +46,111 @@ __all__ = ["StepExecutor"]
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Launched:
+    """What was launched and not collected.
+
+    decode: the decode batch; None without one.  by_host: rows of it whose tokens the host has to draw.
+    first: sequences whose first token the prefill module gives, and its logits, float32 (n, V).
+    ahead: launched before the tokens that it reads were known.
+    """
+
+    decode: DecodeStep | None
+    by_host: Members = ()
+    first: tuple[Sequence, ...] = ()
+    first_logits: Tensor | None = None
+    ahead: bool = False
+
+    @property
+    def can_be_followed(self) -> bool:
+        """Whether the next step can be launched before this one is collected."""
+        return self.decode is not None and not self.by_host and not self.first
+
+
 @dataclass(slots=True)
 class StepExecutor:
     """Executes steps on an engine's state, which stays the engine's.
 
     A request's KV counts as written only after the forward pass that wrote it has returned.  So when a module
     fails, its requests end in an error that names it, and no KV that is missing or half written is ever read.
+
+    overlap: whether a step may be launched before the last one is collected; what it gains is then told by
+    the next call.
     """
 
     workspace: Workspace
     registry: Registry
     answers: dict[str, Answer]
     counters: Counters
+    overlap: bool
     outputs: list[StepOutput] = field(default_factory=list)
+    _launched: _Launched | None = None
+    _untold: list[tuple[Answer, int, TokenLogprobs | None]] = field(default_factory=list)
 
     def step(self) -> list[StepOutput]:
-        """Run one step and return its outputs."""
+        """Run one step and return what there is to tell."""
+        started, waited = time.perf_counter(), self.counters.wait_seconds
         # Scheduling copies KV between cache and host, so it belongs on the engine's stream like the rest.
         with self.workspace.runner.running():
             self._step()
-        return self.outputs
+        waited = self.counters.wait_seconds - waited
+        self.counters.host_seconds += time.perf_counter() - started - waited
+        return self.take_outputs()
+
+    def take_outputs(self) -> list[StepOutput]:
+        """Everything there is to tell."""
+        outputs, self.outputs = self.outputs, []
+        return outputs
 
     def _step(self) -> None:
+        last, self._launched = self._launched, None
+        following, failure = None, None
+        if last is not None:
+            if last.can_be_followed:
+                try:
+                    following = self._follow()
+                except Exception as error:
+                    failure = error
+            self._collect(last)
+            if failure is not None and last.decode is not None:
+                self._fail((sequence for sequence, _ in last.decode.members), "decode module", failure)
+        if following is None:
+            following = self._launch()
+        self._tell_untold()
+        if following is not None and not self.overlap:
+            self._collect(following)
+            self._tell_untold()
+        else:
+            self._launched = following
+
+    def _follow(self) -> _Launched | None:
+        """Launch the step after the last, of which no token is known yet; None where that cannot be."""
+        scheduler, runner = self.workspace.scheduler, self.workspace.runner
+        if not runner.num_decoding or scheduler.has_other_work(runner.num_decoding):
+            return None
+        step = runner.decode_next(scheduler.extend)
+        return None if step is None else _Launched(step, ahead=True)
+
+    def _launch(self) -> _Launched | None:
+        """Plan a step and launch it, with nothing else under way; None when there is nothing to compute."""
+        self._tell_ended()
         batch = self.workspace.scheduler.schedule()
         for lost in self.workspace.scheduler.ended():
-            self.outputs.append(self._close(lost))
+            self._lose(lost)
         if batch.empty:
-            return
+            return None
         self.counters.steps += 1
         first = self._prefill(batch.prefill)
         self._rebuild(batch.rebuild)
         ready = [sequence for sequence in batch.decode if sequence.state == "decoding"]
-        logits = [part for part in (self._decode(ready), self._first_logits(first)) if part is not None]
+        decode = self._decode(ready)
+        first_logits = self._first_logits(first)
+        by_host: Members = ()
+        if decode is not None:
+            by_host = tuple(m for m in decode.members if needs_host(m[0].request.params, m[0].num_output))
         # Whoever failed above has left the batch, and its part of the logits was never made.
-        drawing = [s for s in (*ready, *(s for s, _ in first)) if s.state != "finished"]
-        if drawing:
-            self._draw(drawing, logits[0] if len(logits) == 1 else torch.cat(logits))
+        drawing = tuple(sequence for sequence, _ in first) if first_logits is not None else ()
+        return _Launched(decode, by_host, drawing, first_logits)
 
     def _prefill(self, chunks: Iterable[Chunk]) -> list[tuple[Sequence, Tensor]]:
         """Compute prompt chunks, one forward pass a module.
@@ -102,22 +193,15 @@ class StepExecutor:
             self.workspace.scheduler.chunk_done(chunk)
             self.counters.rebuilt_tokens += chunk.length
 
-    def _decode(self, sequences: list[Sequence]) -> Tensor | None:
-        """The decode module's logits, float32 (n, V), for all sequences of all models at once."""
+    def _decode(self, sequences: list[Sequence]) -> DecodeStep | None:
+        """Launch the decode module's step for all sequences of all models at once."""
         if not sequences:
             return None
         try:
-            logits = self.workspace.runner.decode(sequences)
+            return self.workspace.runner.decode(sequences)
         except Exception as failure:
             self._fail(sequences, "decode module", failure)
             return None
-        counters, plan = self.counters, self.workspace.plan
-        counters.decode_steps += 1
-        counters.decode_tokens += len(sequences)
-        counters.weight_bytes_read += self.workspace.runner.decode_module.bytes_per_step
-        read = sum(len(sequence.tokens) for sequence in sequences)
-        counters.kv_bytes_read += read * plan.bytes_per_block // plan.block_size
-        return logits
 
     def _first_logits(self, first: list[tuple[Sequence, Tensor]]) -> Tensor | None:
         """Logits, float32 (n, V), of prefill modules' last hidden states through the shared lm_head."""
@@ -129,23 +213,89 @@ class StepExecutor:
             self._fail((sequence for sequence, _ in first), "lm_head", failure)
             return None
 
-    def _draw(self, sequences: list[Sequence], logits: Tensor) -> None:
-        answers = [self.answers[sequence.request_id] for sequence in sequences]
+    def _collect(self, launched: _Launched) -> None:
+        """Wait for a step, and append its tokens to their sequences."""
+        counters = self.counters
+        members = () if launched.decode is None else launched.decode.members
+        started = time.perf_counter()
         try:
-            drawn = sample(logits, [answer.sampler_row() for answer in answers])
+            tokens = [] if launched.decode is None else launched.decode.tokens()
         except Exception as failure:
+            sequences = [*(sequence for sequence, _ in members), *launched.first]
             self._fail(sequences, "sampling, or the forward pass before it,", failure)
             return
-        results = zip(answers, drawn.token_ids, drawn.valid, drawn.logprobs, strict=True)
-        for answer, token, valid, logprobs in results:
-            if not valid:
-                self.outputs.append(self.end(answer, "error", "the logits are not finite"))
-                continue
-            self.workspace.scheduler.token_done(answer.sequence, token)
-            self.tell(answer, token, logprobs)
+        finally:
+            counters.wait_seconds += time.perf_counter() - started
+        # Whoever had ended, or was cancelled, when this was computed: nobody asked for it.
+        alive = [member for member in members if member[0].state != "finished"]
+        counters.dropped_tokens += len(members) - len(alive)
+        if alive:
+            plan = self.workspace.plan
+            positions = sum(len(sequence.tokens) for sequence, _ in alive)
+            counters.steps += launched.ahead
+            counters.decode_steps += 1
+            counters.decode_tokens += len(alive)
+            counters.weight_bytes_read += self.workspace.runner.decode_module.bytes_per_step
+            counters.kv_bytes_read += positions * plan.bytes_per_block // plan.block_size
+        by_host = self._draw_by_host(launched)
+        for sequence, row in alive:
+            if sequence.state != "finished":
+                self._append(sequence, *(by_host.get(sequence) or (tokens[row], None)))
+        for sequence in launched.first:
+            if sequence.state != "finished":
+                self._append(sequence, *by_host[sequence])
+
+    def _draw_by_host(self, launched: _Launched) -> dict[Sequence, tuple[int, TokenLogprobs | None]]:
+        """Tokens, with log-probabilities, of the rows that only the host can draw; -1 is no valid token."""
+        parts: list[Tensor] = []
+        drawing = [(sequence, row) for sequence, row in launched.by_host if sequence.state != "finished"]
+        if drawing:
+            assert launched.decode is not None
+            logits = launched.decode.logits
+            parts.append(logits[torch.tensor([row for _, row in drawing], device=logits.device)].float())
+        sequences = [sequence for sequence, _ in drawing]
+        if launched.first_logits is not None:
+            going_on = [i for i, sequence in enumerate(launched.first) if sequence.state != "finished"]
+            sequences += [launched.first[i] for i in going_on]
+            logits = launched.first_logits
+            parts.append(logits[torch.tensor(going_on, dtype=torch.int64, device=logits.device)])
+        if not sequences:
+            return {}
+        answers = [self.answers[sequence.request_id] for sequence in sequences]
+        try:
+            drawn = sample(torch.cat(parts), [answer.sampler_row() for answer in answers])
+        except Exception as failure:
+            self._fail(sequences, "sampling, or the forward pass before it,", failure)
+            return {}
+        tokens = (token if valid else -1 for token, valid in zip(drawn.token_ids, drawn.valid, strict=True))
+        return dict(zip(sequences, zip(tokens, drawn.logprobs, strict=True), strict=True))
+
+    def _append(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
+        answer = self.answers[sequence.request_id]
+        if token < 0:
+            self.outputs.append(self.end(answer, "error", "the logits are not finite"))
+            return
+        self.workspace.scheduler.token_done(sequence, token)
+        self._untold.append((answer, token, logprobs))
+
+    def _tell_ended(self) -> None:
+        """Tell of the tokens that certainly end their requests, so that these are not scheduled again."""
+        untold, self._untold = self._untold, []
+        for item in untold:
+            if item[0].is_over(item[1]):
+                self.tell(*item)
+            else:
+                self._untold.append(item)
+
+    def _tell_untold(self) -> None:
+        untold, self._untold = self._untold, []
+        for item in untold:
+            self.tell(*item)
 
     def tell(self, answer: Answer, token: int, logprobs: TokenLogprobs | None) -> None:
         """Tell of a token just appended to a sequence, which it may end."""
+        if self.answers.get(answer.sequence.request_id) is not answer:
+            return  # withdrawn after a step that was interrupted
         self.counters.output_tokens += 1
         try:
             output = answer.token(token, logprobs)
@@ -158,8 +308,17 @@ class StepExecutor:
         if output.finish_reason is not None:
             self.end(answer, output.finish_reason)
 
+    def _lose(self, sequence: Sequence) -> None:
+        """Tell of a sequence that scheduling has ended."""
+        self._tell_untold()
+        # Its last token may have ended it before.
+        if sequence.request_id in self.answers:
+            self.outputs.append(self._close(sequence))
+
     def _fail(self, sequences: Iterable[Sequence], what: str, failure: Exception) -> None:
         logger.warning("%s failed", what, exc_info=failure)
+        # What they gained before comes first.
+        self._tell_untold()
         for sequence in sequences:
             if sequence.state != "finished":
                 error = f"{what} failed: {type(failure).__name__}: {failure}"
@@ -174,6 +333,7 @@ class StepExecutor:
         return self._close(sequence)
 
     def _close(self, sequence: Sequence) -> StepOutput:
+        self.workspace.runner.leave(sequence)
         counters = self.counters
         counters.prefix_hit_tokens += sequence.num_prefix_hits
         if sequence.finish_reason == "error":

@@ -25,7 +25,10 @@ __all__ = ["Workspace"]
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Cache, swap space, scheduler and runner of one engine."""
+    """Cache, swap space, scheduler and runner of one engine.
+
+    overlap: whether a step is launched before the last one's tokens are on the host.
+    """
 
     plan: MemoryPlan
     limits: Limits
@@ -33,6 +36,7 @@ class Workspace:
     swap: HostSwap
     scheduler: Scheduler
     runner: Runner
+    overlap: bool
 
     @classmethod
     def create(
@@ -83,6 +87,7 @@ class Workspace:
                 backend=options.backend,
                 cuda_graphs=options.cuda_graphs,
             ),
+            overlap=options.overlap == "on" or (options.overlap == "auto" and stream is not None),
         )
 
 

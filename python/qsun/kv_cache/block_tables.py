@@ -85,13 +85,20 @@ class BlockTables:
 
     def missing_for_next(self, sequence: Sequence) -> int:
         """Blocks to allocate before the last token's KV can be written: 0 or 1."""
-        return self.blocks_for(len(sequence.tokens)) - len(sequence.block_ids)
+        return max(0, self.blocks_for(len(sequence.tokens)) - len(sequence.block_ids))
 
     def grow(self, sequence: Sequence) -> None:
         """Allocate what `missing_for_next` counts.  Raises OutOfCacheBlocks, changing nothing."""
         missing = self.missing_for_next(sequence)
         if missing:
             sequence.block_ids += self.pool.allocate(missing, sequence.fingerprint)
+
+    def extend(self, sequence: Sequence) -> None:
+        """Allocate one block more than `grow` would, for a token that is not known yet.
+
+        Raises OutOfCacheBlocks, changing nothing.
+        """
+        sequence.block_ids += self.pool.allocate(1, sequence.fingerprint)
 
     def reserve(self, sequence: Sequence) -> None:
         """Give a sequence without blocks fresh ones for all its tokens, to be filled from host memory.

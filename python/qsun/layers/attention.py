@@ -54,10 +54,18 @@ class Attention:
         self.k_norm = k_norm
         self.window = window
 
-    def __call__(self, x: Tensor, ctx: ForwardContext, kv: tuple[Tensor, Tensor], cos_sin: Tensor) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        ctx: ForwardContext,
+        kv: tuple[Tensor, Tensor],
+        cos_sin: Tensor,
+        residual: Tensor | None = None,
+    ) -> Tensor:
         """x (T, H) -> (T, H); writes the keys and values of these T tokens to the cache on the way.
 
-        kv: this layer's (k_cache, v_cache).  cos_sin: float32 (max_positions, head_dim).
+        kv: this layer's (k_cache, v_cache).  cos_sin: float32 (max_positions, head_dim).  residual: (T, H),
+        added to the output when given.
         """
         q, k, v = self._heads(self.qkv(x))
         if self.q_norm is not None and self.k_norm is not None:
@@ -81,7 +89,7 @@ class Attention:
             for chunk in ctx.attention.chunks:
                 rows = slice(chunk.start, chunk.start + chunk.length)
                 out[rows] = self._attend_chunk(q[rows], k_cache, v_cache, chunk)
-        return self.o(out.view(x.shape[0], self.num_q_heads * self.head_dim))
+        return self.o(out.view(x.shape[0], self.num_q_heads * self.head_dim), residual)
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views (T, heads, head_dim) of the queries, keys and values in qkv (T, N)."""

@@ -27,6 +27,10 @@ class Linear(Protocol):
     def nbytes(self) -> int:
         """Bytes that the layer keeps and that one call reads."""
 
+    @property
+    def adds_residual(self) -> bool:
+        """Whether a residual is added before the one rounding, at no cost of its own."""
+
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Apply the layer."""
 
@@ -60,6 +64,11 @@ class DenseLinear:
     def nbytes(self) -> int:
         """Bytes of weight and bias."""
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    @property
+    def adds_residual(self) -> bool:
+        """False: torch would copy the residual first; the norm that follows adds it in its own pass."""
+        return False
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x (..., K) -> (..., N), plus residual (..., N) when given."""
@@ -95,6 +104,11 @@ class QuantLinear:
         """Bytes of the prepared weight and the bias."""
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
+    @property
+    def adds_residual(self) -> bool:
+        """True: `wna16_linear` adds it to the float32 sums."""
+        return True
+
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x (..., K) -> (..., N), plus residual (..., N) when given."""
         return wna16_linear(x, self.weight, self.bias, residual)
@@ -127,6 +141,11 @@ class SplitLinear:
     def nbytes(self) -> int:
         """Bytes of all parts."""
         return sum(part.nbytes for part in self.parts)
+
+    @property
+    def adds_residual(self) -> bool:
+        """False: the parts' outputs are joined first."""
+        return False
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x (..., K) -> (..., N): the parts' outputs side by side, plus residual (..., N) when given."""

@@ -20,11 +20,15 @@ class RMSNorm:
         """x (..., H) -> (..., H)."""
         return rms_norm(x, self.weight, eps=self.eps)
 
-    def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    def add(self, x: Tensor | None, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """Add x (..., H) to the residual stream and normalise the sum.
 
-        Returns (normalised, new residual stream).  residual None means that x starts the stream.
+        Returns (normalised, new residual stream).  residual None means that x starts the stream, x None that
+        the stream holds it already.
         """
+        if x is None:
+            assert residual is not None, "a stream without a beginning"
+            return self(residual), residual
         if residual is None:
             return self(x), x
         return rms_norm(x, self.weight, eps=self.eps, residual=residual)

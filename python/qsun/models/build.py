@@ -10,13 +10,14 @@ from torch import Tensor
 
 from qsun.layers.attention import Attention
 from qsun.layers.linear import DenseLinear, Linear, QuantLinear, SplitLinear, are_one_matrix
-from qsun.layers.mlp import GatedMLP
+from qsun.layers.mlp import GatedMLP, GateUpSilu
 from qsun.layers.norm import RMSNorm
 from qsun.models.config import ModelConfig
 from qsun.models.decoder import DecoderLayer
 from qsun.models.weights import LayerWeights, Projection
-from qsun_kernels import PackedWeight, prepare_weight
-from qsun_kernels.backends.problems import BackendName
+from qsun_kernels import BackendUnavailable, PackedWeight, prepare_gate_up, prepare_weight
+from qsun_kernels.backends.dispatch import requested_backend, select
+from qsun_kernels.backends.problems import BackendName, Wna16GateUpSiluProblem
 from qsun_kernels.quant import concatenate_rows
 
 
@@ -58,7 +59,7 @@ def build_layer(weights: LayerWeights, layer: int, config: ModelConfig, placemen
         window=config.windows[layer],
     )
     mlp = GatedMLP(
-        build_linear([parts["gate_proj"], parts["up_proj"]], placement),
+        build_gate_up([parts["gate_proj"], parts["up_proj"]], placement),
         build_linear([parts["down_proj"]], placement),
     )
     return DecoderLayer(attention_norm, attention, mlp_norm, mlp)
@@ -82,3 +83,43 @@ def build_linear(parts: Sequence[Projection], placement: Placement) -> Linear:
         concatenate_rows(packed), dtype=placement.dtype, device=placement.device, backend=placement.backend
     )
     return QuantLinear(prepared, bias)
+
+
+def build_gate_up(parts: Sequence[Projection], placement: Placement) -> Linear | GateUpSilu:
+    """Gate and up, with silu and the product in the same call where they are one low-bit matrix.
+
+    They stay a linear layer where they have biases, and where the backend that would multiply has no kernel
+    for the whole: it would be computed by another backend, or not at all.
+    """
+    packed = [part.weight for part in parts if isinstance(part.weight, PackedWeight)]
+    has_bias = any(part.bias is not None for part in parts)
+    if has_bias or len(packed) != len(parts) or not are_one_matrix(packed):
+        return build_linear(parts, placement)
+    joined = concatenate_rows(packed)
+    if not _is_fused(joined, placement):
+        return build_linear(parts, placement)
+    prepared = prepare_gate_up(
+        joined, dtype=placement.dtype, device=placement.device, backend=placement.backend
+    )
+    return GateUpSilu(prepared)
+
+
+def _is_fused(weight: PackedWeight, placement: Placement) -> bool:
+    """Whether the backend that multiplies by this weight also has the product with silu behind it."""
+    spec = weight.spec
+    problem = Wna16GateUpSiluProblem(
+        weight.N,
+        weight.K,
+        spec.bits,
+        spec.group_size,
+        spec.symmetric,
+        weight.g_idx is not None,
+        placement.dtype,
+        placement.device,
+    )
+    requested = requested_backend(placement.backend)
+    multiplies = select(problem.linear, requested).backend
+    try:
+        return select(problem, requested).backend == multiplies
+    except BackendUnavailable:
+        return False

@@ -31,20 +31,26 @@ class DecoderLayer:
 
     def __call__(
         self,
-        x: Tensor,
+        x: Tensor | None,
         residual: Tensor | None,
         ctx: ForwardContext,
         kv: tuple[Tensor, Tensor],
         cos_sin: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | None, Tensor]:
         """x (T, H) is the last layer's output, not yet added to the residual stream (T, H).
 
-        Returns this layer's output and the stream, in the same state: the next norm does the addition.
+        Returns this layer's output and the stream, in the same state: the next norm does the addition.  Where
+        the matmul can add at no cost, x is None and the stream has the layer's output in it.
         """
-        x, residual = self.attention_norm.add(x, residual)
-        x = self.attention(x, ctx, kv, cos_sin)
-        x, residual = self.mlp_norm.add(x, residual)
-        return self.mlp(x), residual
+        normed, residual = self.attention_norm.add(x, residual)
+        if self.attention.o.adds_residual:
+            x, residual = None, self.attention(normed, ctx, kv, cos_sin, residual)
+        else:
+            x = self.attention(normed, ctx, kv, cos_sin)
+        normed, residual = self.mlp_norm.add(x, residual)
+        if self.mlp.down.adds_residual:
+            return None, self.mlp(normed, residual)
+        return self.mlp(normed), residual
 
 
 class DecoderStack:
@@ -76,7 +82,7 @@ class DecoderStack:
         if isinstance(ctx.attention, DecodeAttention):
             ctx = replace(ctx, attention=self._planned(ctx.attention, hidden, kv_cache))
         residual: Tensor | None = None
-        x = hidden
+        x: Tensor | None = hidden
         for layer, kv in zip(self.layers, kv_cache.layers, strict=True):
             x, residual = layer(x, residual, ctx, kv, self.cos_sin)
         return self.norm.add(x, residual)[0]

@@ -20,6 +20,7 @@ from torch.nn import functional
 from qsun.core import ForwardContext, PrefillAttention, PrefillChunk
 from qsun.kv_cache.tensors import KVCache
 from qsun.layers.linear import Linear
+from qsun.layers.mlp import GateUpSilu
 from qsun.models.build import Placement, build_layer
 from qsun.models.config import ModelConfig
 from qsun.models.weights import (
@@ -55,6 +56,10 @@ class _Observed:
     @property
     def nbytes(self) -> int:
         return self.linear.nbytes
+
+    @property
+    def adds_residual(self) -> bool:
+        return self.linear.adds_residual
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         self.statistics.update(x)
@@ -135,6 +140,7 @@ class AwqCalibration:
         statistics = {name: InputStatistics(K, seed=layer, device=device) for name, K in widths.items()}
         dense.attention.qkv = _Observed(dense.attention.qkv, statistics["attention_input"])
         dense.attention.o = _Observed(dense.attention.o, statistics["attention_output"])
+        assert not isinstance(dense.mlp.gate_up, GateUpSilu), "weights to be quantised are dense"
         dense.mlp.gate_up = _Observed(dense.mlp.gate_up, statistics["mlp_input"])
         dense.mlp.down = _Observed(dense.mlp.down, statistics["mlp_output"])
         for index, hidden in enumerate(self._hidden):
@@ -145,5 +151,5 @@ class AwqCalibration:
             chunk = PrefillChunk(start=0, length=length, context_len=0, block_ids=block_ids)
             ctx = ForwardContext(positions, positions, PrefillAttention((chunk,)))
             x, residual = dense(hidden, None, ctx, self._cache.layer(0), self._cos_sin)
-            self._hidden[index] = x + residual
+            self._hidden[index] = residual if x is None else x + residual
         return statistics

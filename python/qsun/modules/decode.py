@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from qsun.checkpoint.reader import CheckpointReader, open_checkpoint
 from qsun.checkpoint.tokenizer import check_vocabulary
 from qsun.checkpoint.weights import check_names, read_embedding, read_final_norm, read_lm_head
 from qsun.errors import CheckpointError
+from qsun.layers.linear import DenseLinear, Linear, QuantLinear
 from qsun.layers.norm import RMSNorm
 from qsun.models.build import Placement, build_layer
 from qsun.models.config import WEIGHT_DTYPES, ModelConfig
@@ -20,20 +22,27 @@ from qsun.models.decoder import DecoderLayer, DecoderStack
 from qsun.models.hf_config import DTYPE_NAMES
 from qsun.models.weights import LayerWeights, is_finite
 from qsun.modules.card import DecoderFingerprint, ModuleCard, check_card_fits_checkpoint
-from qsun.modules.digest import base_digest, vocabulary_digest
-from qsun.modules.quantize import Progress, Quantizer, layer_source, plan_quantization
-from qsun_kernels import QuantSpec, rope_cache
+from qsun.modules.digest import base_digest, vocabulary_digest, weight_digest
+from qsun.modules.quantize import DENSE_BITS, Progress, Quantizer, layer_source, plan_quantization
+from qsun_kernels import QuantSpec, prepare_weight, rope_cache
 from qsun_kernels.backends.dispatch import requested_backend
 from qsun_kernels.backends.problems import BackendName
-from qsun_kernels.quant import GroupSize
+from qsun_kernels.quant import Bits, GroupSize, concatenate_rows, quantize_rtn
+
+# Rows of the lm_head that are quantised at one time: float32 copies of all of them would be its largest use
+# of memory.
+_HEAD_ROWS = 16384
 
 
 class DecodeModule:
     """A decoder stack with its embedding and lm_head, on one device.
 
-    path: where it was read from.  config: the model's shape.  stack: the layers.  embed_tokens, lm_head: (V,
-    H) in `dtype`, one tensor when they are tied.  quantization: the spec of its low-bit layers, None when all
-    are dense.  card: what the checkpoint says of itself.  fingerprint: what a prefill module must agree with.
+    path: where it was read from.  config: the model's shape.  stack: the layers.  embed_tokens: (V, H) in
+    `dtype`.  lm_head: the same of the lm_head, one tensor when they are tied; None where it is kept in few
+    bits only.  head: the layer that computes logits with it.  lm_head_digest: `weight_digest` of an lm_head
+    that is kept in few bits only.  quantization: the spec of its low-bit layers, None when all are dense.
+    card: what the checkpoint says of itself.  fingerprint: what a prefill module must agree with; no number
+    of bits is in it, for a prefill module's KV does not depend on any.
     """
 
     __slots__ = (
@@ -42,7 +51,9 @@ class DecodeModule:
         "dtype",
         "embed_tokens",
         "fingerprint",
+        "head",
         "lm_head",
+        "lm_head_digest",
         "path",
         "quantization",
         "stack",
@@ -53,15 +64,26 @@ class DecodeModule:
         path: Path,
         stack: DecoderStack,
         embed_tokens: Tensor,
-        lm_head: Tensor,
+        lm_head: Tensor | None,
         quantization: QuantSpec | None,
         card: ModuleCard,
+        head: Linear | None = None,
+        lm_head_digest: str | None = None,
     ) -> None:
+        """head: by default `lm_head` as it is."""
+        if head is None:
+            if lm_head is None:
+                raise ValueError("lm_head and head are None, expected at least one of them")
+            head = DenseLinear(lm_head)
+        if lm_head is None and lm_head_digest is None:
+            raise ValueError("lm_head_digest is None, expected the digest of an lm_head that is not kept")
         self.path = path
         self.config: ModelConfig = stack.config
         self.stack = stack
         self.embed_tokens = embed_tokens
         self.lm_head = lm_head
+        self.head = head
+        self.lm_head_digest = lm_head_digest
         self.dtype = embed_tokens.dtype
         self.quantization = quantization
         self.card = card
@@ -73,7 +95,12 @@ class DecodeModule:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits float32 (T, V) of hidden states (T, H) after the final norm of any module's stack."""
-        return functional.linear(hidden, self.lm_head).float()
+        return self.head(hidden).float()
+
+    @property
+    def lm_head_bits(self) -> int:
+        """Bits of a weight of the lm_head as logits are computed with it; 16 stands for `dtype`."""
+        return self.head.weight.spec.bits if isinstance(self.head, QuantLinear) else DENSE_BITS
 
     @property
     def device(self) -> torch.device:
@@ -83,13 +110,13 @@ class DecodeModule:
     @property
     def nbytes(self) -> int:
         """Bytes of all weights."""
-        tied = self.lm_head is self.embed_tokens
-        return self.bytes_per_step + (0 if tied else self.embed_tokens.nbytes)
+        is_head = isinstance(self.head, DenseLinear) and self.head.weight is self.embed_tokens
+        return self.bytes_per_step + (0 if is_head else self.embed_tokens.nbytes)
 
     @property
     def bytes_per_step(self) -> int:
         """Bytes of weights that a decode step reads whatever the batch is; of the embedding only rows."""
-        return self.stack.nbytes + self.lm_head.nbytes
+        return self.stack.nbytes + self.head.nbytes
 
 
 def load_decode_module(
@@ -103,6 +130,7 @@ def load_decode_module(
     backend: BackendName | None = None,
     quantizer: Quantizer = "rtn",
     calibration: Sequence[Sequence[int]] | None = None,
+    lm_head_bits: int = DENSE_BITS,
     progress: Progress | None = None,
 ) -> DecodeModule:
     """Read a decode module, quantising 16-bit weights on the way when asked to.
@@ -116,13 +144,16 @@ def load_decode_module(
         or "auto" for the checkpoint's own (bfloat16 when it states none).
     device: "cuda" when there is one, else "cpu", by default.  backend: of the low-bit weights.
     quantizer: "rtn" rounds to nearest; "awq" searches scales on `calibration`, sequences of token ids.
+    lm_head_bits: 8 or 4 rounds the lm_head to nearest, symmetric, in the largest groups that divide its
+        rows; 16 keeps it.  An embedding that is tied to it stays as it is, beside it.
     progress: called with (layers done, layers in all, what is being done).
 
-    Embedding and lm_head are never quantised.  Peak memory is one layer in 32 bits above the module itself.
+    The embedding is never quantised.  Peak memory is one layer in 32 bits above the module itself.
     Raises CheckpointError for a damaged or contradictory checkpoint, UnsupportedModel (a CheckpointError) for
     what is not implemented, ValueError for a bad argument, BackendUnavailable for a backend that cannot.
     """
     requested_backend(backend)  # an unknown name is the caller's mistake, not the checkpoint's
+    check_lm_head_bits(lm_head_bits)
     reader = open_checkpoint(path)
     try:
         placement = Placement(resolve_dtype(dtype, reader.config), resolve_device(device), backend)
@@ -138,7 +169,13 @@ def load_decode_module(
         card, embed_tokens, lm_head = read_frame(reader, placement.dtype)
         tied = lm_head is embed_tokens
         embed_tokens = embed_tokens.to(placement.device)
-        lm_head = embed_tokens if tied else lm_head.to(placement.device)
+        digest: str | None = None
+        if lm_head_bits != DENSE_BITS and not tied:
+            digest = weight_digest(lm_head)
+        head = _place_head(reader, embed_tokens if tied else lm_head, lm_head_bits, placement)
+        kept = embed_tokens if tied else head.weight if isinstance(head, DenseLinear) else None
+        # As stored it is large, and needed no more.
+        del lm_head
         config = reader.config
         read = layer_source(reader, plan, placement, embed_tokens)
         layers = []
@@ -159,9 +196,11 @@ def load_decode_module(
             reader.path,
             DecoderStack(config, layers, norm, table),
             embed_tokens,
-            lm_head,
+            kept,
             stored if plan is None else plan.spec,
             card,
+            head,
+            digest,
         )
     finally:
         reader.close()
@@ -175,6 +214,36 @@ def _place_layer(
         return build_layer(weights, layer, reader.config, placement)
     except ValueError as error:
         raise CheckpointError(f"{reader.path}: layer {layer}: {error}") from error
+
+
+def check_lm_head_bits(lm_head_bits: int) -> None:
+    """Raise ValueError unless an lm_head can be kept in so many bits."""
+    if type(lm_head_bits) is not int or lm_head_bits not in (4, 8, DENSE_BITS):
+        raise ValueError(f"lm_head_bits is {lm_head_bits!r}, expected 16, 8 or 4")
+
+
+def _place_head(reader: CheckpointReader, weight: Tensor, bits: int, placement: Placement) -> Linear:
+    """The layer that computes logits from an lm_head (V, H), quantised on the device slice by slice."""
+    if bits == DENSE_BITS:
+        return DenseLinear(weight.to(placement.device))
+    K = weight.shape[1]
+    sizes: tuple[GroupSize, ...] = (128, 64, 32)
+    group: GroupSize = next((size for size in sizes if K % cast(int, size) == 0), "channel")
+    spec = QuantSpec(cast(Bits, bits), group, True)
+    try:
+        packed = [
+            quantize_rtn(rows.to(placement.device), spec, scale_dtype=placement.dtype)
+            for rows in weight.split(_HEAD_ROWS)
+        ]
+        prepared = prepare_weight(
+            concatenate_rows(packed),
+            dtype=placement.dtype,
+            device=placement.device,
+            backend=placement.backend,
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{reader.path}: the lm_head cannot be quantised: {error}") from error
+    return QuantLinear(prepared)
 
 
 def read_frame(reader: CheckpointReader, dtype: torch.dtype) -> tuple[ModuleCard, Tensor, Tensor]:

@@ -69,6 +69,13 @@ def base_digest(embed_tokens: Tensor) -> str:
     return "sha256:" + digest.hexdigest()
 
 
+def weight_digest(weight: Tensor) -> str:
+    """SHA-256 over dtype, shape and every byte of one tensor in host memory."""
+    digest = hashlib.sha256(json.dumps([str(weight.dtype), list(weight.shape)]).encode())
+    digest.update(tensor_bytes(weight))
+    return "sha256:" + digest.hexdigest()
+
+
 def vocabulary_digest(tokens: Iterable[tuple[int, str]]) -> str:
     """SHA-256 over (id, token) pairs in order of id."""
     pairs = json.dumps([[token_id, token] for token_id, token in sorted(tokens)])

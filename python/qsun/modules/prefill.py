@@ -31,7 +31,7 @@ from qsun.models.rope_config import rope_to_hf
 from qsun.models.weights import EMBED_TOKENS, FINAL_NORM, LM_HEAD, LayerWeights
 from qsun.modules.card import DecoderFingerprint, ModuleCard, check_card_fits_checkpoint
 from qsun.modules.decode import DecodeModule, read_identity, resolve_device, resolve_dtype
-from qsun.modules.digest import WeightDigest, vocabulary_digest
+from qsun.modules.digest import WeightDigest, vocabulary_digest, weight_digest
 from qsun.modules.lora import ADAPTER_CONFIG, LoraAdapter
 from qsun.modules.quantize import LayerSource, Progress
 from qsun_kernels.backends.problems import BackendName
@@ -293,18 +293,29 @@ def _compare_shared_parts(name: str, parts: Mapping[str, Tensor], decode: Decode
     """A notice, and a warning, for every part that is not the decode module's."""
     notices = []
     for part, theirs in parts.items():
-        ours = (decode.embed_tokens if part == "embed_tokens" else decode.lm_head).cpu()
-        if theirs.shape != ours.shape:
+        if theirs.shape != decode.embed_tokens.shape:
             raise IncompatibleModule(
                 f"prefill module {name!r}: {part} has shape {tuple(theirs.shape)}, "
-                f"expected {tuple(ours.shape)} like the decode module's"
+                f"expected {tuple(decode.embed_tokens.shape)} like the decode module's"
             )
-        if torch.equal(theirs.to(ours.dtype), ours):
-            continue
-        rows, largest = _difference(theirs, ours)
+        ours = decode.embed_tokens if part == "embed_tokens" else decode.lm_head
+        theirs = theirs.to(decode.dtype)
+        if ours is None:
+            # Of an lm_head in few bits only the digest of what it was made from is left to compare.
+            if weight_digest(theirs) == decode.lm_head_digest:
+                continue
+            what = "differs from the one that the decode module's was quantised from"
+        else:
+            ours = ours.cpu()
+            if torch.equal(theirs, ours):
+                continue
+            rows, largest = _difference(theirs, ours)
+            what = (
+                f"differs from the decode module's in {rows} of {ours.shape[0]} rows, "
+                f"by at most {largest:.3g}"
+            )
         notices.append(
-            f"{name}: its {part} differs from the decode module's in {rows} of {ours.shape[0]} rows, "
-            f"by at most {largest:.3g}; the decode module's is used, for it belongs there and is frozen"
+            f"{name}: its {part} {what}; the decode module's is used, for it belongs there and is frozen"
         )
         warnings.warn(notices[-1], SharedPartsWarning, stacklevel=4)
     return tuple(notices)

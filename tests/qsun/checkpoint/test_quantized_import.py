@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from qsun.errors import CheckpointError, UnsupportedModel
 from qsun.layers.linear import QuantLinear, SplitLinear
+from qsun.layers.mlp import GateUpSilu
 from qsun.modules.decode import load_decode_module
 from qsun_kernels import QuantSpec
 from qsun_kernels.testing.tolerances import compare
@@ -125,7 +126,7 @@ def test_awq(tiny, paged, tmp_path, kind):
     assert decode.quantization == QuantSpec(4, GROUP, False)
     # q, k, v are one matrix, and so are gate and up.
     for layer in decode.stack.layers:
-        assert isinstance(layer.attention.qkv, QuantLinear) and isinstance(layer.mlp.gate_up, QuantLinear)
+        assert isinstance(layer.attention.qkv, QuantLinear) and isinstance(layer.mlp.gate_up, GateUpSilu)
 
 
 @pytest.mark.parametrize("order", [in_order, shared_act_order, own_act_order], ids=lambda f: f.__name__)

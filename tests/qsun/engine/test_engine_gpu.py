@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from qsun import DecodeEngine, SamplingParams
+from qsun.engine.runner import Runner
+from qsun.engine.step import StepExecutor
 
 pytestmark = pytest.mark.gpu
 
@@ -63,12 +65,14 @@ def exact_matmul():
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
+@pytest.mark.parametrize("overlap", ["on", "off"])
 @pytest.mark.parametrize("cuda_graphs", ["on", "off"])
-def test_tokens_equal_the_cpu_reference(make_gpu_engine, cases, cuda_graphs) -> None:
+def test_tokens_equal_the_cpu_reference(make_gpu_engine, cases, cuda_graphs, overlap) -> None:
     prompts, models, expected = cases
-    engine = make_gpu_engine(cuda_graphs=cuda_graphs)
+    engine = make_gpu_engine(cuda_graphs=cuda_graphs, overlap=overlap)
     assert answers(engine, prompts, models) == expected
     stats = engine.stats()
+    assert (stats.graph_seconds > 0) == (cuda_graphs == "on") and stats.wait_seconds > 0
     assert (cuda_graphs == "on") == ("CUDA graphs for batches" in engine.explain())
     # What the graphs take depends on the backends: Triton's attention needs no scratch.
     assert stats.graph_bytes == 0 or cuda_graphs == "on"
@@ -88,16 +92,68 @@ def test_replays_follow_lengths_batches_and_preemptions(make_gpu_engine, cases) 
         assert answers(engine, prompts[::-1], models[::-1]) == expected[::-1]
 
 
-def test_graphs_and_eager_steps_draw_the_same(make_gpu_engine, cases) -> None:
+@pytest.mark.parametrize("penalty", [1.0, 1.2], ids=["device", "host"])
+def test_graphs_and_eager_steps_draw_the_same(make_gpu_engine, cases, penalty) -> None:
+    """Rows that the device draws, and rows that the host draws."""
     prompts, models, _ = cases
     params = [
-        SamplingParams(temperature=0.8, top_p=0.9, top_k=40, seed=i, max_tokens=20, repetition_penalty=1.2)
+        SamplingParams(
+            temperature=0.8, top_p=0.9, top_k=40, seed=i, max_tokens=20, repetition_penalty=penalty
+        )
         for i in range(len(prompts))
     ]
-    graphs, eager = (
-        answers(make_gpu_engine(cuda_graphs=mode), prompts, models, params) for mode in ("on", "off")
+    first, *others = (
+        answers(make_gpu_engine(cuda_graphs=mode, overlap=overlap), prompts, models, params)
+        for mode in ("on", "off")
+        for overlap in ("on", "off")
     )
-    assert graphs == eager
+    assert others == [first] * 3
+
+
+def test_launching_ahead_never_waits_for_the_device(make_gpu_engine, monkeypatch) -> None:
+    """Whatever would wait while a step is under way raises, and most steps are launched so."""
+    ahead = []
+    right = StepExecutor._follow
+
+    def watched(self):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            following = right(self)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        ahead.append(following is not None)
+        return following
+
+    monkeypatch.setattr(StepExecutor, "_follow", watched)
+    engine = make_gpu_engine(cuda_graphs="on", block_size=4)
+    params = [
+        SamplingParams(temperature=0.7 * (i % 2), seed=i, max_tokens=20 + i, ignore_eos=True)
+        for i in range(8)
+    ]
+    told = engine.generate([[i + 1] * 9 for i in range(8)], model="poet", params=params)
+    assert [c.error for c in told] == [None] * 8 and [len(c.token_ids) for c in told] == [*range(20, 28)]
+    assert sum(ahead) > 15
+
+
+def test_the_device_does_not_wait_for_the_host(make_gpu_engine, monkeypatch) -> None:
+    """With a slow step, the next one is on the stream before the first has ended."""
+    running: list[bool] = []
+    right = Runner._launch
+
+    def slow(self, *, from_host):
+        if not from_host:
+            running.append(not last.query())
+        torch.cuda._sleep(20_000_000)  # some ten milliseconds
+        step = right(self, from_host=from_host)
+        last.record()
+        return step
+
+    engine = make_gpu_engine(cuda_graphs="on")
+    last = torch.cuda.Event()
+    monkeypatch.setattr(Runner, "_launch", slow)
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    engine.generate([[1, 2, 3]] * 4, model="poet", params=params)
+    assert len(running) > 15 and sum(running) > 0.8 * len(running)
 
 
 def test_two_engines_on_two_streams_in_turn(make_gpu_engine, cases) -> None:
@@ -135,8 +191,10 @@ def test_two_engines_in_two_threads(make_gpu_engine, cases) -> None:
     assert results == {0: [expected] * 3, 1: [expected] * 3}
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantised_engine_agrees_with_the_cpu(tiny, bits: int) -> None:
+@pytest.mark.parametrize(
+    ("bits", "lm_head_bits"), [(16, 16), (4, 16), (8, 16), (4, 8), (4, 4)], ids=lambda bits: f"{bits}"
+)
+def test_a_quantised_engine_agrees_with_the_cpu(tiny, bits: int, lm_head_bits: int) -> None:
     """bfloat16 on both: probabilities of the first token agree within what bfloat16 leaves."""
     params = SamplingParams(temperature=0, max_tokens=1, logprobs=5)
     prompts = [[7] * 20, [3, 1, 4, 1, 5, 9, 2, 6], list(range(40))]
@@ -145,7 +203,8 @@ def test_a_quantised_engine_agrees_with_the_cpu(tiny, bits: int) -> None:
         engine = DecodeEngine.from_pretrained(
             tiny.paths["base"],
             bits=bits,
-            group_size=32,
+            group_size=None if bits == 16 else 32,
+            lm_head_bits=lm_head_bits,
             dtype=torch.bfloat16,
             device=device,
             block_size=16,

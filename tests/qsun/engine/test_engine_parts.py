@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from qsun.core import Chunk, DecodeAttention, Request, SamplingParams, Sequence
+import qsun.engine.runner as runner_module
+from qsun.core import Chunk, Request, SamplingParams, Sequence
 from qsun.engine.cuda_graphs import batch_buckets, bucket_for
-from qsun.engine.inputs import DecodeInputs, prefill_inputs
+from qsun.engine.inputs import prefill_inputs
 from qsun.engine.memory import format_bytes, parse_memory, plan_memory
 from qsun.engine.options import kv_dtype_of
-from qsun.engine.runner import Runner, running
+from qsun.engine.runner import Runner
 from qsun.engine.swap import HostSwap, pack_kv
 from qsun.kv_cache.tensors import KVCache
 
@@ -77,13 +80,22 @@ def test_cache_dtypes() -> None:
 
 @pytest.mark.parametrize(
     ("largest", "buckets"),
-    [(1, (1,)), (2, (1, 2)), (3, (1, 2, 3)), (8, (1, 2, 4, 8)), (48, (1, 2, 4, 8, 16, 32, 48))],
+    [
+        (1, (1,)),
+        (2, (1, 2)),
+        (3, (1, 2, 3)),
+        (8, (1, 2, 4, 8)),
+        (44, (1, 2, 4, 8, 16, 24, 32, 40, 44)),
+        (64, (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64)),
+        (200, (1, 2, 4, 8, *range(16, 65, 8), *range(80, 129, 16), 160, 192, 200)),
+    ],
 )
 def test_buckets(largest: int, buckets: tuple[int, ...]) -> None:
     assert batch_buckets(largest) == buckets
     for rows in range(1, largest + 1):
         bucket = bucket_for(rows, buckets)
         assert rows <= bucket < max(2 * rows, 2) and bucket in buckets
+        assert bucket - rows < 8 or bucket - rows < rows / 4
 
 
 @pytest.fixture
@@ -162,67 +174,20 @@ def test_prefill_inputs_lay_chunks_side_by_side() -> None:
     assert all(t.dtype == torch.int64 for t in (token_ids, ctx.positions, ctx.slot_mapping))
 
 
-def decode_state(inputs: DecodeInputs, rows: int):
-    ctx = inputs.context(rows)
-    assert isinstance(ctx.attention, DecodeAttention)
-    assert ctx.attention.block_table.dtype == ctx.attention.seq_lens.dtype == torch.int32
-    lengths = ctx.attention.seq_lens.tolist()
-    tables = [
-        row[: -(-length // 4)]
-        for row, length in zip(ctx.attention.block_table.tolist(), lengths, strict=True)
-    ]
-    return inputs.token_ids(rows).tolist(), ctx.positions.tolist(), ctx.slot_mapping.tolist(), lengths, tables
+class NoRoom:
+    """In the place of `DecodeGraphs`, on a device that is full."""
+
+    def __init__(self, *_) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-def test_decode_inputs_follow_the_batch_through_its_changes() -> None:
-    inputs = DecodeInputs(4, 3, 4, CPU)
-    a, b = sequence_of([1, 2, 3], [9]), sequence_of([4, 5, 6, 7, 8], [3, 6], "s")
-    inputs.fill([a, b], 4)
-    assert decode_state(inputs, 4) == (
-        [3, 8, 0, 0],
-        [2, 4, 0, 0],
-        [38, 24, -1, -1],
-        [3, 5, 0, 0],
-        [[9], [3, 6], [], []],
-    )
-    address = inputs.context(4).attention.block_table.data_ptr()
-    a.tokens += [11, 12]
-    a.block_ids += [4]
-    inputs.fill([a, b], 2)
-    assert decode_state(inputs, 2) == ([12, 8], [4, 4], [16, 24], [5, 5], [[9, 4], [3, 6]])
-    # b lost its blocks and got others; then the batch is another one altogether.
-    b.block_ids = [7, 8]
-    inputs.fill([b, a], 3)
-    assert decode_state(inputs, 3)[3:] == ([5, 5, 0], [[7, 8], [9, 4], []])
-    inputs.fill([a], 1)
-    assert decode_state(inputs, 1) == ([12], [4], [16], [5], [[9, 4]])
-    assert inputs.context(4).attention.block_table.data_ptr() == address
-    assert inputs.nbytes == 4 * (3 * 8 + 4 + 3 * 4)
-
-
-def test_padding_rows_change_nothing(decode_module, kv_cache) -> None:
-    """What a graph replays: a batch in a larger bucket, beside rows that must read and write nothing."""
-    runner = Runner(
-        decode_module,
-        kv_cache,
-        max_batch_size=8,
-        max_blocks=3,
-        stream=None,
-        backend=None,
-        cuda_graphs="auto",
-    )
-    sequences = [sequence_of([5, 6, 7], [9]), sequence_of([4] * 6, [3, 6], "s"), sequence_of([1], [0], "t")]
-    chunks = [Chunk(s, 0, len(s.tokens) - 1, "prefill") for s in sequences[:2]]
-    with running(None, None):
-        runner.prefill(decode_module.stack, chunks)
-        expected = runner.decode(sequences)
-        before = torch.cat([k.flatten() for k, _ in kv_cache.layers]).clone()
-        runner._inputs.fill(sequences, 8)
-        padded = runner._decode_forward(8)
-        runner._inputs.padding(8)
-        assert runner._decode_forward(8).isfinite().all()
-    after = torch.cat([k.flatten() for k, _ in kv_cache.layers])
-    torch.testing.assert_close(padded[:3], expected, rtol=1e-5, atol=1e-5)
-    # Blocks nobody holds are as they were; the rest was written again with the same values.
-    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5, equal_nan=True)
-    assert after.isnan().sum() == before.isnan().sum()
+@pytest.mark.damaged
+@pytest.mark.parametrize("mode", ["auto", "on"])
+def test_graphs_that_do_not_fit_name_the_settings_to_change(decode_module, kv_cache, monkeypatch, mode):
+    """Not even "auto" goes on without graphs: the memory would be short at the first long prompt instead."""
+    arguments = dict(max_batch_size=8, max_blocks=3, backend=None)
+    runner = Runner(decode_module, kv_cache, stream=None, cuda_graphs="auto", **arguments)
+    monkeypatch.setattr(runner_module, "DecodeGraphs", NoRoom)
+    device = SimpleNamespace(device="cuda:0")
+    with pytest.raises(ValueError, match=r"max_batch_size is 6 .* 2.00 GiB.* cuda_graphs='off'"):
+        runner._capture((1, 2, 6), device, mode)

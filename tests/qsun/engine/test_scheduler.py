@@ -148,7 +148,10 @@ class Driver:
             return
         oldest = next(iter(self.scheduler.live.values()))
         before = (len(oldest.tokens), oldest.num_computed)
+        again = self.ahead()
         batch = self.scheduler.schedule()
+        if again is not None:
+            assert not batch.prefill and not batch.rebuild and list(batch.decode) == again
         for lost in self.scheduler.ended():
             assert lost.given and lost.error.startswith("MissingKV") and lost.request_id in lost.error
             self.counts["lost"] += 1
@@ -166,6 +169,22 @@ class Driver:
         if oldest.state != "finished":
             assert (len(oldest.tokens), oldest.num_computed) > before, "the oldest made no progress"
         self.counts["preempt"] = self.scheduler.num_swaps + self.scheduler.num_rebuilds
+
+    def ahead(self) -> list[Sequence] | None:
+        """The next step's sequences, where it could be launched before the tokens of the last are known."""
+        live = list(self.scheduler.live.values())
+        decoding = [sequence for sequence in live if sequence.state == "decoding"]
+        if not decoding or self.scheduler.has_other_work(len(decoding)):
+            return None
+        crossing = [sequence for sequence in decoding if self.tables.missing_for_next(sequence)]
+        available = self.tables.pool.num_available
+        if not self.scheduler.extend(crossing):
+            assert len(crossing) > available == self.tables.pool.num_available
+            return None
+        assert self.tables.pool.num_available == available - len(crossing)
+        self.counts["ahead"] += 1
+        self.counts["ahead of a queue"] += len(live) > len(decoding)
+        return decoding
 
     def decode(self, sequence: Sequence) -> None:
         known = len(sequence.tokens) - 1
@@ -240,6 +259,7 @@ def test_random_traffic_keeps_every_rule(shape) -> None:
         operations = sum(driver.counts[name] for name in ("submit", "cancel", "finish", "preempt"))
     driver.drain(20 * 14 * 12)
     assert driver.counts["prefix"] > 100, "no prefix was ever shared"
+    assert driver.counts["ahead"] > 100 and driver.counts["ahead of a queue"] > 20
     if room < 100:
         assert driver.scheduler.num_rebuilds > 20, "nothing was ever rebuilt"
         assert not driver.swap_blocks or driver.scheduler.num_swaps > 20, "nothing was ever swapped"
