@@ -14,6 +14,7 @@
 #include "qsun/device.h"
 #include "qsun/paged_attention_decode.h"
 #include "qsun/rms_norm.h"
+#include "qsun/sample_tokens.h"
 #include "qsun/silu_and_mul.h"
 #include "qsun/types.h"
 #include "qsun/wna16_linear.h"
@@ -287,11 +288,12 @@ void bind_wna16(py::module_& m) {
       "scale_dtype"_a, "dtype"_a, "device"_a, "stream"_a);
 }
 
-// ---- paged_attention_decode, write_kv_cache
+// ---- paged_attention_decode
 
 qsun::PagedAttentionDecodeParams attention_sizes(int64_t batch, int64_t q_len, int64_t num_q_heads,
                                                  int64_t num_kv_heads, int64_t head_dim, int64_t block_size,
-                                                 int64_t max_blocks, int64_t window, int dtype) {
+                                                 int64_t max_blocks, int64_t window, int dtype, int kv_dtype,
+                                                 int kv_scales) {
   qsun::PagedAttentionDecodeParams p;
   p.batch = batch;
   p.q_len = q_len;
@@ -302,6 +304,8 @@ qsun::PagedAttentionDecodeParams attention_sizes(int64_t batch, int64_t q_len, i
   p.max_blocks = max_blocks;
   p.window = window;
   p.dtype = static_cast<qsun::DType>(dtype);
+  p.kv_dtype = static_cast<qsun::DType>(kv_dtype);
+  p.kv_scales = static_cast<qsun::KvScales>(kv_scales);
   return p;
 }
 
@@ -311,15 +315,15 @@ void bind_attention_question(py::module_& m, const char* name, const char* doc, 
   m.def(
       name,
       [ask](int64_t batch, int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim,
-            int64_t block_size, int64_t max_blocks, int64_t window, int dtype,
+            int64_t block_size, int64_t max_blocks, int64_t window, int dtype, int kv_dtype, int kv_scales,
             const qsun::DeviceProps& props) {
         const auto p = attention_sizes(batch, q_len, num_q_heads, num_kv_heads, head_dim, block_size,
-                                       max_blocks, window, dtype);
+                                       max_blocks, window, dtype, kv_dtype, kv_scales);
         check(qsun::paged_attention_decode_sizes(p));
         return ask(p, props);
       },
       doc, "batch"_a, "q_len"_a, "num_q_heads"_a, "num_kv_heads"_a, "head_dim"_a, "block_size"_a,
-      "max_blocks"_a, "window"_a, "dtype"_a, "props"_a);
+      "max_blocks"_a, "window"_a, "dtype"_a, "kv_dtype"_a, "kv_scales"_a, "props"_a);
 }
 
 // The answer of ask(sizes, config), or of ask(sizes, props) where config is None.
@@ -329,14 +333,14 @@ void bind_attention_bytes(py::module_& m, const char* name, const char* doc, Ask
       name,
       [ask](const qsun::PagedAttentionDecodeConfig* config, int64_t batch, int64_t q_len, int64_t num_q_heads,
             int64_t num_kv_heads, int64_t head_dim, int64_t block_size, int64_t max_blocks, int64_t window,
-            int dtype, const qsun::DeviceProps& props) {
+            int dtype, int kv_dtype, int kv_scales, const qsun::DeviceProps& props) {
         const auto p = attention_sizes(batch, q_len, num_q_heads, num_kv_heads, head_dim, block_size,
-                                       max_blocks, window, dtype);
+                                       max_blocks, window, dtype, kv_dtype, kv_scales);
         check(qsun::paged_attention_decode_sizes(p));
         return config == nullptr ? ask(p, props) : ask(p, *config);
       },
       doc, "config"_a.none(true), "batch"_a, "q_len"_a, "num_q_heads"_a, "num_kv_heads"_a, "head_dim"_a,
-      "block_size"_a, "max_blocks"_a, "window"_a, "dtype"_a, "props"_a);
+      "block_size"_a, "max_blocks"_a, "window"_a, "dtype"_a, "kv_dtype"_a, "kv_scales"_a, "props"_a);
 }
 
 void bind_attention_configs(py::module_& m) {
@@ -390,9 +394,10 @@ void bind_attention(py::module_& m) {
       "plan_paged_attention",
       [](const PagedAttentionDecodeConfig* config, uintptr_t seq_lens, uintptr_t plan, int64_t plan_bytes,
          int64_t batch, int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim,
-         int64_t block_size, int64_t window, int dtype, int device, uintptr_t stream) {
-        auto p =
-            attention_sizes(batch, q_len, num_q_heads, num_kv_heads, head_dim, block_size, 0, window, dtype);
+         int64_t block_size, int64_t window, int dtype, int kv_dtype, int kv_scales, int device,
+         uintptr_t stream) {
+        auto p = attention_sizes(batch, q_len, num_q_heads, num_kv_heads, head_dim, block_size, 0, window,
+                                 dtype, kv_dtype, kv_scales);
         p.seq_lens = pointer<int32_t>(seq_lens);
         p.plan = pointer(plan);
         p.plan_bytes = plan_bytes;
@@ -401,20 +406,23 @@ void bind_attention(py::module_& m) {
       },
       "config: a PagedAttentionDecodeConfig to plan for, or None.", "config"_a.none(true), "seq_lens"_a,
       "plan"_a, "plan_bytes"_a, "batch"_a, "q_len"_a, "num_q_heads"_a, "num_kv_heads"_a, "head_dim"_a,
-      "block_size"_a, "window"_a, "dtype"_a, "device"_a, "stream"_a);
+      "block_size"_a, "window"_a, "dtype"_a, "kv_dtype"_a, "kv_scales"_a, "device"_a, "stream"_a);
   m.def(
       "paged_attention_decode",
       [](const PagedAttentionDecodeConfig* config, uintptr_t q, uintptr_t k_cache, uintptr_t v_cache,
-         uintptr_t block_table, uintptr_t seq_lens, uintptr_t sinks, uintptr_t out, uintptr_t lse,
-         uintptr_t plan, int64_t plan_bytes, uintptr_t scratch, int64_t scratch_bytes, int64_t batch,
-         int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t num_blocks,
-         int64_t block_size, int64_t max_blocks, int64_t q_stride, int64_t block_table_stride, int64_t window,
-         float softmax_scale, float softcap, int dtype, int device, uintptr_t stream) {
+         uintptr_t k_scale, uintptr_t v_scale, uintptr_t block_table, uintptr_t seq_lens, uintptr_t sinks,
+         uintptr_t out, uintptr_t lse, uintptr_t plan, int64_t plan_bytes, uintptr_t scratch,
+         int64_t scratch_bytes, int64_t batch, int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads,
+         int64_t head_dim, int64_t num_blocks, int64_t block_size, int64_t max_blocks, int64_t q_stride,
+         int64_t block_table_stride, int64_t window, float softmax_scale, float softcap, int dtype,
+         int kv_dtype, int kv_scales, int device, uintptr_t stream) {
         auto p = attention_sizes(batch, q_len, num_q_heads, num_kv_heads, head_dim, block_size, max_blocks,
-                                 window, dtype);
+                                 window, dtype, kv_dtype, kv_scales);
         p.q = pointer(q);
         p.k_cache = pointer(k_cache);
         p.v_cache = pointer(v_cache);
+        p.k_scale = pointer<float>(k_scale);
+        p.v_scale = pointer<float>(v_scale);
         p.block_table = pointer<int32_t>(block_table);
         p.seq_lens = pointer<int32_t>(seq_lens);
         p.sinks = pointer<float>(sinks);
@@ -433,34 +441,80 @@ void bind_attention(py::module_& m) {
         check(config == nullptr ? qsun::paged_attention_decode(p) : qsun::paged_attention_decode(p, *config));
       },
       "config: a PagedAttentionDecodeConfig to run as told by the planned kernel, or None.",
-      "config"_a.none(true), "q"_a, "k_cache"_a, "v_cache"_a, "block_table"_a, "seq_lens"_a, "sinks"_a,
-      "out"_a, "lse"_a, "plan"_a, "plan_bytes"_a, "scratch"_a, "scratch_bytes"_a, "batch"_a, "q_len"_a,
-      "num_q_heads"_a, "num_kv_heads"_a, "head_dim"_a, "num_blocks"_a, "block_size"_a, "max_blocks"_a,
-      "q_stride"_a, "block_table_stride"_a, "window"_a, "softmax_scale"_a, "softcap"_a, "dtype"_a, "device"_a,
-      "stream"_a);
+      "config"_a.none(true), "q"_a, "k_cache"_a, "v_cache"_a, "k_scale"_a, "v_scale"_a, "block_table"_a,
+      "seq_lens"_a, "sinks"_a, "out"_a, "lse"_a, "plan"_a, "plan_bytes"_a, "scratch"_a, "scratch_bytes"_a,
+      "batch"_a, "q_len"_a, "num_q_heads"_a, "num_kv_heads"_a, "head_dim"_a, "num_blocks"_a, "block_size"_a,
+      "max_blocks"_a, "q_stride"_a, "block_table_stride"_a, "window"_a, "softmax_scale"_a, "softcap"_a,
+      "dtype"_a, "kv_dtype"_a, "kv_scales"_a, "device"_a, "stream"_a);
+}
+
+// ---- write_kv_cache
+
+void bind_write_kv_cache(py::module_& m) {
+  printable<qsun::WriteKvCacheConfig>(m, "WriteKvCacheConfig", "How write_kv_cache is launched.")
+      .def_readonly("copies", &qsun::WriteKvCacheConfig::copies)
+      .def_readonly("is_wide", &qsun::WriteKvCacheConfig::is_wide)
+      .def_readonly("lanes", &qsun::WriteKvCacheConfig::lanes)
+      .def_readonly("overlaps_producer", &qsun::WriteKvCacheConfig::overlaps_producer);
+  m.def(
+      "choose_write_kv_cache",
+      [](uintptr_t k, int64_t k_stride, int64_t num_q_heads, int64_t head_dim, bool rope, int kv_dtype,
+         int dtype, const qsun::DeviceProps& props) {
+        qsun::WriteKvCacheParams p;
+        p.k = pointer(k);
+        p.k_stride = k_stride;
+        p.num_q_heads = num_q_heads;
+        p.head_dim = head_dim;
+        p.cos_sin = rope ? pointer<float>(k) : nullptr;
+        p.kv_dtype = static_cast<qsun::DType>(kv_dtype);
+        p.dtype = static_cast<qsun::DType>(dtype);
+        return qsun::choose(p, props);
+      },
+      "The launch for k at an address, cos_sin there too where rope, all other tensors aligned.", "k"_a,
+      "k_stride"_a, "num_q_heads"_a, "head_dim"_a, "rope"_a, "kv_dtype"_a, "dtype"_a, "props"_a);
   m.def(
       "write_kv_cache",
-      [](uintptr_t k, uintptr_t v, uintptr_t k_cache, uintptr_t v_cache, uintptr_t slot_mapping,
-         int64_t num_tokens, int64_t num_kv_heads, int64_t head_dim, int64_t num_blocks, int64_t block_size,
-         int64_t k_stride, int64_t v_stride, int dtype, int device, uintptr_t stream) {
+      [](uintptr_t k, uintptr_t v, uintptr_t q, uintptr_t q_out, uintptr_t k_cache, uintptr_t v_cache,
+         uintptr_t k_scale, uintptr_t v_scale, uintptr_t slot_mapping, uintptr_t positions, uintptr_t cos_sin,
+         uintptr_t q_norm, uintptr_t k_norm, float eps, bool rotate, int64_t num_tokens, int64_t num_q_heads,
+         int64_t num_kv_heads, int64_t head_dim, int64_t num_blocks, int64_t block_size,
+         int64_t max_positions, int64_t q_stride, int64_t k_stride, int64_t v_stride, int kv_dtype,
+         int kv_scales, int dtype, int device, uintptr_t stream) {
         qsun::WriteKvCacheParams p;
         p.k = pointer(k);
         p.v = pointer(v);
+        p.q = pointer(q);
+        p.q_out = pointer(q_out);
         p.k_cache = pointer(k_cache);
         p.v_cache = pointer(v_cache);
+        p.k_scale = pointer<float>(k_scale);
+        p.v_scale = pointer<float>(v_scale);
         p.slot_mapping = pointer<int64_t>(slot_mapping);
+        p.positions = pointer<int64_t>(positions);
+        p.cos_sin = pointer<float>(cos_sin);
+        p.q_norm = pointer(q_norm);
+        p.k_norm = pointer(k_norm);
+        p.eps = eps;
+        p.rotate = rotate;
         p.num_tokens = num_tokens;
+        p.num_q_heads = num_q_heads;
         p.num_kv_heads = num_kv_heads;
         p.head_dim = head_dim;
         p.num_blocks = num_blocks;
         p.block_size = block_size;
+        p.max_positions = max_positions;
+        p.q_stride = q_stride;
         p.k_stride = k_stride;
         p.v_stride = v_stride;
+        p.kv_dtype = static_cast<qsun::DType>(kv_dtype);
+        p.kv_scales = static_cast<qsun::KvScales>(kv_scales);
         place(p, dtype, device, stream);
         check(qsun::write_kv_cache(p));
       },
-      "k"_a, "v"_a, "k_cache"_a, "v_cache"_a, "slot_mapping"_a, "num_tokens"_a, "num_kv_heads"_a,
-      "head_dim"_a, "num_blocks"_a, "block_size"_a, "k_stride"_a, "v_stride"_a, "dtype"_a, "device"_a,
+      "k"_a, "v"_a, "q"_a, "q_out"_a, "k_cache"_a, "v_cache"_a, "k_scale"_a, "v_scale"_a, "slot_mapping"_a,
+      "positions"_a, "cos_sin"_a, "q_norm"_a, "k_norm"_a, "eps"_a, "rotate"_a, "num_tokens"_a,
+      "num_q_heads"_a, "num_kv_heads"_a, "head_dim"_a, "num_blocks"_a, "block_size"_a, "max_positions"_a,
+      "q_stride"_a, "k_stride"_a, "v_stride"_a, "kv_dtype"_a, "kv_scales"_a, "dtype"_a, "device"_a,
       "stream"_a);
 }
 
@@ -543,6 +597,48 @@ void bind_fused(py::module_& m) {
       "stream"_a);
 }
 
+// ---- sampling
+
+void bind_sampling(py::module_& m) {
+  printable<qsun::SampleTokensConfig>(m, "SampleTokensConfig", "How sample_tokens is launched.")
+      .def_readonly("blocks", &qsun::SampleTokensConfig::blocks)
+      .def_readonly("threads", &qsun::SampleTokensConfig::threads)
+      .def_readonly("shared_bytes", &qsun::SampleTokensConfig::shared_bytes)
+      .def_readonly("staged", &qsun::SampleTokensConfig::staged)
+      .def_readonly("overlaps_producer", &qsun::SampleTokensConfig::overlaps_producer);
+  m.def(
+      "choose_sample_tokens",
+      [](int64_t vocab_size, int dtype, const qsun::DeviceProps& device) {
+        qsun::SampleTokensParams p;
+        p.vocab_size = vocab_size;
+        p.dtype = static_cast<qsun::DType>(dtype);
+        return qsun::choose(p, device);
+      },
+      "vocab_size"_a, "dtype"_a, "device"_a);
+  m.def(
+      "sample_tokens",
+      [](uintptr_t logits, uintptr_t temperature, uintptr_t top_k, uintptr_t top_p, uintptr_t min_p,
+         uintptr_t keys, uintptr_t tokens, uintptr_t valid, int64_t num_rows, int64_t vocab_size,
+         int64_t logits_stride, int dtype, int device, uintptr_t stream) {
+        qsun::SampleTokensParams p;
+        p.logits = pointer(logits);
+        p.temperature = pointer<float>(temperature);
+        p.top_k = pointer<int32_t>(top_k);
+        p.top_p = pointer<float>(top_p);
+        p.min_p = pointer<float>(min_p);
+        p.keys = pointer<int64_t>(keys);
+        p.tokens = pointer<int64_t>(tokens);
+        p.valid = pointer<uint8_t>(valid);
+        p.num_rows = num_rows;
+        p.vocab_size = vocab_size;
+        p.logits_stride = logits_stride;
+        place(p, dtype, device, stream);
+        check(qsun::sample_tokens(p));
+      },
+      "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "keys"_a, "tokens"_a, "valid"_a,
+      "num_rows"_a, "vocab_size"_a, "logits_stride"_a, "dtype"_a, "device"_a, "stream"_a);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -551,5 +647,7 @@ PYBIND11_MODULE(_C, m) {
   bind_device(m);
   bind_wna16(m);
   bind_attention(m);
+  bind_write_kv_cache(m);
   bind_fused(m);
+  bind_sampling(m);
 }

@@ -26,12 +26,15 @@ REGISTER_BOUNDS = {
     "dequantize_kernel": 40,
     "paged_attention_plan_kernel": 40,
     "paged_attention_tiles_kernel": 255,
+    "paged_attention_codes_kernel": 255,
     "paged_attention_split_kernel": 255,
     "paged_attention_combine_kernel": 48,
     "write_kv_cache_kernel": 40,
+    "write_kv_heads_kernel": 72,
     "rms_norm_kernel": 40,
     "silu_and_mul_kernel": 40,
     "apply_rope_kernel": 48,
+    "sample_tokens_kernel": 64,
 }
 """Registers a thread may take, by kernel: what its occupancy was planned with, read off and rounded up."""
 

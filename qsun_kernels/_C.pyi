@@ -109,6 +109,18 @@ class RmsNormConfig:
     @property
     def threads(self) -> int: ...
 
+class SampleTokensConfig:
+    @property
+    def blocks(self) -> int: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def shared_bytes(self) -> int: ...
+    @property
+    def staged(self) -> bool: ...
+    @property
+    def overlaps_producer(self) -> bool: ...
+
 def build_info() -> BuildInfo: ...
 def driver_version() -> int: ...
 def device_info(device: int) -> DeviceProps: ...
@@ -216,6 +228,8 @@ def choose_paged_attention_decode(
     max_blocks: int,
     window: int,
     dtype: int,
+    kv_dtype: int,
+    kv_scales: int,
     props: DeviceProps,
 ) -> PagedAttentionDecodeConfig | None: ...
 def choose_paged_attention_split(
@@ -228,6 +242,8 @@ def choose_paged_attention_split(
     max_blocks: int,
     window: int,
     dtype: int,
+    kv_dtype: int,
+    kv_scales: int,
     props: DeviceProps,
 ) -> PagedAttentionSplitConfig: ...
 def paged_attention_plan_bytes(
@@ -241,6 +257,8 @@ def paged_attention_plan_bytes(
     max_blocks: int,
     window: int,
     dtype: int,
+    kv_dtype: int,
+    kv_scales: int,
     props: DeviceProps,
 ) -> int: ...
 def paged_attention_decode_scratch_bytes(
@@ -254,6 +272,8 @@ def paged_attention_decode_scratch_bytes(
     max_blocks: int,
     window: int,
     dtype: int,
+    kv_dtype: int,
+    kv_scales: int,
     props: DeviceProps,
 ) -> int: ...
 def plan_paged_attention(
@@ -269,6 +289,8 @@ def plan_paged_attention(
     block_size: int,
     window: int,
     dtype: int,
+    kv_dtype: int,
+    kv_scales: int,
     device: int,
     stream: int,
 ) -> None: ...
@@ -277,6 +299,8 @@ def paged_attention_decode(
     q: int,
     k_cache: int,
     v_cache: int,
+    k_scale: int,
+    v_scale: int,
     block_table: int,
     seq_lens: int,
     sinks: int,
@@ -300,22 +324,60 @@ def paged_attention_decode(
     softmax_scale: float,
     softcap: float,
     dtype: int,
+    kv_dtype: int,
+    kv_scales: int,
     device: int,
     stream: int,
 ) -> None: ...
+
+class WriteKvCacheConfig:
+    @property
+    def copies(self) -> bool: ...
+    @property
+    def is_wide(self) -> bool: ...
+    @property
+    def lanes(self) -> int: ...
+    @property
+    def overlaps_producer(self) -> bool: ...
+
+def choose_write_kv_cache(
+    k: int,
+    k_stride: int,
+    num_q_heads: int,
+    head_dim: int,
+    rope: bool,
+    kv_dtype: int,
+    dtype: int,
+    props: DeviceProps,
+) -> WriteKvCacheConfig: ...
 def write_kv_cache(
     k: int,
     v: int,
+    q: int,
+    q_out: int,
     k_cache: int,
     v_cache: int,
+    k_scale: int,
+    v_scale: int,
     slot_mapping: int,
+    positions: int,
+    cos_sin: int,
+    q_norm: int,
+    k_norm: int,
+    eps: float,
+    rotate: bool,
     num_tokens: int,
+    num_q_heads: int,
     num_kv_heads: int,
     head_dim: int,
     num_blocks: int,
     block_size: int,
+    max_positions: int,
+    q_stride: int,
     k_stride: int,
     v_stride: int,
+    kv_dtype: int,
+    kv_scales: int,
     dtype: int,
     device: int,
     stream: int,
@@ -353,6 +415,23 @@ def apply_rope(
     q_stride: int,
     k_stride: int,
     max_positions: int,
+    dtype: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def choose_sample_tokens(vocab_size: int, dtype: int, device: DeviceProps) -> SampleTokensConfig: ...
+def sample_tokens(
+    logits: int,
+    temperature: int,
+    top_k: int,
+    top_p: int,
+    min_p: int,
+    keys: int,
+    tokens: int,
+    valid: int,
+    num_rows: int,
+    vocab_size: int,
+    logits_stride: int,
     dtype: int,
     device: int,
     stream: int,

@@ -224,7 +224,7 @@ def breaches_in_csrc(path: str, source: str) -> list[str]:
             found.append(f"{path}:{number} includes {header}")
         if path.startswith("csrc/include/") and (header.endswith(".cuh") or "device/" in header):
             found.append(f"{path}:{number} includes {header}")
-        if path.startswith("csrc/device/") and re.search(r"(wna16|attention|fused)/", header):
+        if path.startswith("csrc/device/") and re.search(r"(wna16|attention|fused|sampling)/", header):
             found.append(f"{path}:{number} includes {header}")
         if re.search(r"\basm\b\s*(volatile)?\s*\(", line) and not path.startswith("csrc/device/"):
             found.append(f"{path}:{number} has inline assembly")

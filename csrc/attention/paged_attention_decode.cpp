@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "attention/codes.h"
 #include "attention/plan.h"
 #include "attention/split.h"
 #include "attention/tiles.h"
@@ -23,6 +24,8 @@ std::string to_string(const PagedAttentionDecodeParams& p) {
       .add("max_blocks", p.max_blocks)
       .add("window", p.window < 0 ? "none" : std::to_string(p.window))
       .add("dtype", to_string(p.dtype))
+      .add("kv_dtype", to_string(p.kv_dtype))
+      .add("kv_scales", to_string(p.kv_scales))
       .str();
 }
 
@@ -59,9 +62,25 @@ constexpr int64_t kMaxSplitTokens = 4096;  // longer ones let one request outlas
 constexpr int64_t kMaxSplitParts = 256;    // a thread of the combining kernel goes through all of them
 constexpr int64_t kMaxCounters = 1 << 30;  // counted in 32 bits on the device
 
-Checks check_sizes(const PagedAttentionDecodeParams& p) {
+// A cache of values has the dtype of q, one of codes the scales that belong to them.
+Checks check_cache_kind(const PagedAttentionDecodeParams& p) {
   Checks checks;
-  checks.known(p.dtype).at_least("batch", p.batch, 0).at_least("num_kv_heads", p.num_kv_heads, 1);
+  checks.known(p.dtype);
+  const std::string dtype = to_string(p.dtype), kv_dtype = to_string(p.kv_dtype);
+  if (!is_codes(p.kv_dtype)) {
+    checks.require(p.kv_dtype == p.dtype, "kv_dtype", kv_dtype, dtype + " as q, or codes");
+    return checks.require(p.kv_scales == KvScales::kNone, "kv_scales", to_string(p.kv_scales),
+                          "none for " + kv_dtype);
+  }
+  checks.require(size_of(p.dtype) == 2, "dtype", dtype, "float16 or bfloat16 beside " + kv_dtype);
+  const bool is_per_tensor = p.kv_dtype == DType::kFloat8E4M3 && p.kv_scales == KvScales::kTensor;
+  return checks.require(is_per_tensor || p.kv_scales == KvScales::kToken, "kv_scales", to_string(p.kv_scales),
+                        p.kv_dtype == DType::kFloat8E4M3 ? "token or tensor" : "token for " + kv_dtype);
+}
+
+Checks check_sizes(const PagedAttentionDecodeParams& p) {
+  Checks checks = check_cache_kind(p);
+  checks.at_least("batch", p.batch, 0).at_least("num_kv_heads", p.num_kv_heads, 1);
   checks.at_least("q_len", p.q_len, 1).at_most("q_len", p.q_len, kMaxQLen);
   checks.at_least("num_q_heads", p.num_q_heads, 1);
   if (checks.ok()) checks.multiple_of("num_q_heads", p.num_q_heads, p.num_kv_heads);
@@ -88,25 +107,42 @@ Checks check(const PagedAttentionDecodeParams& p) {
     checks.not_null("seq_lens", p.seq_lens).not_null("out", p.out).not_null("lse", p.lse);
     if (p.max_blocks > 0) checks.not_null("block_table", p.block_table);
     checks.aligned("k_cache", p.k_cache, 16).aligned("v_cache", p.v_cache, 16);
+    if (p.kv_scales != KvScales::kNone) checks.not_null("k_scale", p.k_scale).not_null("v_scale", p.v_scale);
+    if (p.kv_scales == KvScales::kToken) {
+      checks.aligned("k_scale", p.k_scale, 16).aligned("v_scale", p.v_scale, 16);
+    }
     checks.aligned("scratch", p.scratch, 16).aligned("plan", p.plan, 16);
   }
   return checks;
 }
 
-// Sizes that the planned kernel is compiled for.
+// Sizes that the planned kernels are compiled for.
 bool has_planned_sizes(const PagedAttentionDecodeParams& p) {
-  const bool is_width = p.head_dim == 64 || p.head_dim == 96 || p.head_dim == 128 || p.head_dim == 256;
-  return size_of(p.dtype) == 2 && is_width && p.block_size >= kQuarterTokens &&
-         query_rows(p) <= kMaxQueryRows && p.batch <= kMaxPlannedBatch &&
-         p.batch * p.num_kv_heads <= kMaxCounters;
+  const bool codes = is_codes(p.kv_dtype);
+  const bool is_width =
+      p.head_dim == 64 || p.head_dim == 128 || p.head_dim == 256 || (p.head_dim == 96 && !codes);
+  const int max_rows = codes ? max_codes_rows(static_cast<int>(p.head_dim)) : kMaxQueryRows;
+  return size_of(p.dtype) == 2 && is_width && p.block_size >= kQuarterTokens && query_rows(p) <= max_rows &&
+         p.batch <= kMaxPlannedBatch && p.batch * p.num_kv_heads <= kMaxCounters;
+}
+
+// Of a block of the planned kernel.
+int shared_bytes(const PagedAttentionDecodeParams& p, int stages) {
+  const int head_dim = static_cast<int>(p.head_dim);
+  return is_codes(p.kv_dtype) ? codes_shared_bytes(p.kv_dtype, head_dim, stages)
+                              : tiles_shared_bytes(head_dim, stages);
 }
 
 Checks check_config(const PagedAttentionDecodeParams& p, const PagedAttentionDecodeConfig& c) {
   Checks checks;
   checks.require(has_planned_sizes(p), "config", "given", "sizes that the planned kernel takes");
   if (!checks.ok()) return checks;
-  checks.one_of("config.warps", c.warps, {4, 8});
-  checks.at_least("config.warps * 16", c.warps * kTileRows, query_rows(p));
+  if (is_codes(p.kv_dtype)) {
+    checks.one_of("config.warps", c.warps, {codes_shape(p).warps});
+  } else {
+    checks.one_of("config.warps", c.warps, {4, 8});
+    checks.at_least("config.warps * 16", c.warps * kTileRows, query_rows(p));
+  }
   checks.at_least("config.stages", c.stages, kMinStages).at_most("config.stages", c.stages, kMaxStages);
   checks.at_least("config.parts", c.parts, 1).at_most("config.parts", c.parts, kMaxParts);
   checks.at_least("config.min_part_units", c.min_part_units, 1);
@@ -148,6 +184,17 @@ cudaError_t launch_tiles_of(const PagedAttentionDecodeParams& p, const PagedAtte
   }
 }
 
+cudaError_t launch_codes_of(const PagedAttentionDecodeParams& p, const PagedAttentionDecodeConfig& config) {
+  switch (p.kv_dtype) {
+    case DType::kFloat8E4M3:
+      return launch_paged_attention_codes<DType::kFloat8E4M3>(p, config);
+    case DType::kInt8:
+      return launch_paged_attention_codes<DType::kInt8>(p, config);
+    default:
+      return launch_paged_attention_codes<DType::kInt4>(p, config);
+  }
+}
+
 Status run_split(const PagedAttentionDecodeParams& p, const DeviceProps& props) {
   const PagedAttentionSplitConfig config = choose_split(p, props);
   if (Checks checks = check_scratch(p, split_scratch_bytes(p, config)); !checks.ok()) {
@@ -172,8 +219,8 @@ Status props_of(const PagedAttentionDecodeParams& p, const char* op, DeviceProps
 
 bool is_planned(const PagedAttentionDecodeParams& p, const DeviceProps& props) {
   if (!has_planned_sizes(p)) return false;
-  const int ring = tiles_shared_bytes(static_cast<int>(p.head_dim), kMinStages);
-  return std::max(ring, planning_shared_bytes(p)) + kReservedBytes <= props.shared_memory_per_block;
+  return std::max(shared_bytes(p, kMinStages), planning_shared_bytes(p)) + kReservedBytes <=
+         props.shared_memory_per_block;
 }
 
 Status paged_attention_decode_sizes(const PagedAttentionDecodeParams& p) {
@@ -182,15 +229,20 @@ Status paged_attention_decode_sizes(const PagedAttentionDecodeParams& p) {
 
 PagedAttentionDecodeConfig choose(const PagedAttentionDecodeParams& p, const DeviceProps& props) {
   PagedAttentionDecodeConfig c;
-  c.warps = query_rows(p) > kQuarters * kTileRows ? 8 : 4;
-  // As many stages as let two blocks of four warps share a multiprocessor: one copies on while the other
-  // stores a result. Where two do not fit, one has the ring to itself.
-  const int head_dim = static_cast<int>(p.head_dim);
   const int room = props.shared_memory_per_block + kReservedBytes;  // of a multiprocessor
-  const auto blocks_with = [&](int stages) {
-    return room / (tiles_shared_bytes(head_dim, stages) + kReservedBytes);
-  };
-  c.blocks_per_sm = c.warps == 4 && blocks_with(kMinStages + 1) >= 2 ? 2 : 1;
+  const auto blocks_with = [&](int stages) { return room / (shared_bytes(p, stages) + kReservedBytes); };
+  if (is_codes(p.kv_dtype)) {
+    // As many blocks as registers and rings of three stages allow: turning codes into operands takes issue
+    // slots, and more warps use more of them.
+    const CodesShape shape = codes_shape(p);
+    c.warps = shape.warps;
+    c.blocks_per_sm = std::clamp(blocks_with(kMinStages + 1), 1, shape.blocks_per_sm);
+  } else {
+    c.warps = query_rows(p) > kQuarters * kTileRows ? 8 : 4;
+    // As many stages as let two blocks of four warps share a multiprocessor: one copies on while the other
+    // stores a result. Where two do not fit, one has the ring to itself.
+    c.blocks_per_sm = c.warps == 4 && blocks_with(kMinStages + 1) >= 2 ? 2 : 1;
+  }
   c.stages = kMaxStages;
   while (c.stages > kMinStages && blocks_with(c.stages) < c.blocks_per_sm) --c.stages;
   c.parts = std::min(c.blocks_per_sm * props.sm_count, kMaxParts);
@@ -265,7 +317,11 @@ Status paged_attention_decode(const PagedAttentionDecodeParams& p) {
   if (p.batch == 0) return {};
   DeviceProps props;
   if (Status status = props_of(p, "paged_attention_decode", &props); !status.ok()) return status;
-  return is_planned(p, props) ? paged_attention_decode(p, choose(p, props)) : run_split(p, props);
+  if (is_planned(p, props)) return paged_attention_decode(p, choose(p, props));
+  Checks checks;
+  checks.require(!is_codes(p.kv_dtype), "kv_dtype", to_string(p.kv_dtype),
+                 std::string(to_string(p.dtype)) + " for sizes that the planned kernel does not take");
+  return checks.ok() ? run_split(p, props) : checks.status("paged_attention_decode", p);
 }
 
 Status paged_attention_decode(const PagedAttentionDecodeParams& p, const PagedAttentionDecodeConfig& config) {
@@ -277,6 +333,7 @@ Status paged_attention_decode(const PagedAttentionDecodeParams& p, const PagedAt
   if (checks.ok()) checks = check_scratch(p, paged_attention_decode_scratch_bytes(p, config));
   if (!checks.ok()) return checks.status("paged_attention_decode", p);
   return run_on_device("paged_attention_decode", p, [&] {
+    if (is_codes(p.kv_dtype)) return launch_codes_of(p, config);
     if (p.dtype == DType::kFloat16) return launch_tiles_of<__half>(p, config);
     return launch_tiles_of<__nv_bfloat16>(p, config);
   });

@@ -113,5 +113,15 @@ struct Results {
   }
 };
 
+// Nothing to attend to: zeros, and the sink's lse.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void store_nothing(const Results<T, kHeadDim>& results, int thread, int threads) {
+  for (int i = thread; i < results.a.rows * kHeadDim; i += threads) {
+    const int row = i / kHeadDim, element = i % kHeadDim;
+    results.target(row)[element] = from_float<T>(0.0f);
+    if (element == 0) results.end_row(row, -INFINITY, 0.0f, true);
+  }
+}
+
 }  // namespace
 }  // namespace qsun

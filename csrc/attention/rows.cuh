@@ -10,8 +10,6 @@
 namespace qsun {
 namespace {
 
-constexpr float kLog2E = 1.4426950408889634f;
-
 // What a query row is: a token of the request, and a head of the group.
 struct RowPlace {
   int token;

@@ -30,28 +30,6 @@
 namespace qsun {
 namespace {
 
-// Waits for the oldest of a full ring's stages. A chain of comparisons: a switch would become an indirect
-// jump.
-__device__ __forceinline__ void wait_for_stage(int stages) {
-  if (stages == 2) {
-    wait_async_copies<1>();
-  } else if (stages == 3) {
-    wait_async_copies<2>();
-  } else {
-    wait_async_copies<3>();
-  }
-}
-
-// Nothing to attend to: zeros, and the sink's lse.
-template <typename T, int kHeadDim>
-__device__ __forceinline__ void store_nothing(const Results<T, kHeadDim>& results, int thread, int threads) {
-  for (int i = thread; i < results.a.rows * kHeadDim; i += threads) {
-    const int row = i / kHeadDim, element = i % kHeadDim;
-    results.target(row)[element] = from_float<T>(0.0f);
-    if (element == 0) results.end_row(row, -INFINITY, 0.0f, true);
-  }
-}
-
 // Stores a warp's own 16 rows, pairs of neighbours in a lane.
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void store_rows(const Results<T, kHeadDim>& results,
@@ -282,18 +260,7 @@ cudaError_t launch_instance(const PagedAttentionDecodeParams& p, const PagedAtte
 
 template <typename T, int kHeadDim>
 cudaError_t launch_tiles(const PagedAttentionDecodeParams& p, const PagedAttentionDecodeConfig& config) {
-  TilesArguments a{};
-  a.p = p;
-  a.plan = plan_pointers(p, config);
-  a.partial = partial_rows(p, config);
-  a.group = static_cast<int>(p.num_q_heads / p.num_kv_heads);
-  a.rows = query_rows(p);
-  a.reach = reach(p);
-  a.window = a.reach - static_cast<int>(p.q_len) + 1;
-  while (int64_t{1} << a.block_log2 < p.block_size) ++a.block_log2;
-  a.stages = config.stages;
-  a.score_scale = p.softcap > 0.0f ? p.softmax_scale / p.softcap : p.softmax_scale * kLog2E;
-  a.softcap = p.softcap * kLog2E;
+  const TilesArguments a = tiles_arguments(p, config);
   if (config.warps == 8) return launch_instance<T, kHeadDim, 8, true>(p, config, a);
   if (a.rows > kTileRows) return launch_instance<T, kHeadDim, 4, true>(p, config, a);
   return launch_instance<T, kHeadDim, 4, false>(p, config, a);

@@ -10,6 +10,8 @@
 namespace qsun {
 namespace {
 
+constexpr float kLog2E = 1.4426950408889634f;
+
 // Evaluated here: functions of the host have no place in a kernel.
 template <int kHeadDim>
 constexpr int kRowBytes = tile_row_bytes(kHeadDim);
@@ -29,6 +31,23 @@ struct TilesArguments {
   float score_scale;  // what a product q k takes to become a score to the base 2, or the softcap's argument
   float softcap;      // to the base 2; 0: none
 };
+
+inline TilesArguments tiles_arguments(const PagedAttentionDecodeParams& p,
+                                      const PagedAttentionDecodeConfig& config) {
+  TilesArguments a{};
+  a.p = p;
+  a.plan = plan_pointers(p, config);
+  a.partial = partial_rows(p, config);
+  a.group = static_cast<int>(p.num_q_heads / p.num_kv_heads);
+  a.rows = query_rows(p);
+  a.reach = reach(p);
+  a.window = a.reach - static_cast<int>(p.q_len) + 1;
+  while (int64_t{1} << a.block_log2 < p.block_size) ++a.block_log2;
+  a.stages = config.stages;
+  a.score_scale = p.softcap > 0.0f ? p.softmax_scale / p.softcap : p.softmax_scale * kLog2E;
+  a.softcap = p.softcap * kLog2E;
+  return a;
+}
 
 // A part's share of one request under one key head.
 struct Share {
@@ -145,6 +164,18 @@ struct Copies {
     }
   }
 };
+
+// Waits for the oldest of a full ring's stages. A chain of comparisons: a switch would become an indirect
+// jump.
+__device__ __forceinline__ void wait_for_stage(int stages) {
+  if (stages == 2) {
+    wait_async_copies<1>();
+  } else if (stages == 3) {
+    wait_async_copies<2>();
+  } else {
+    wait_async_copies<3>();
+  }
+}
 
 }  // namespace
 }  // namespace qsun

@@ -51,4 +51,12 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint3
                : "memory");
 }
 
+// The transpose of an 8 x 8 matrix of 16-bit elements that lies in registers: a lane gives elements 2t, 2t+1
+// of row g and gets elements g of rows 2t, 2t+1. It makes operand B of what came out as c.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t pair) {
+  uint32_t result;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+  return result;
+}
+
 }  // namespace qsun

@@ -61,6 +61,14 @@ __device__ __forceinline__ uint32_t mask_or(uint32_t word) {
   return result;
 }
 
+// (word & kMask) ^ kBits, in the same way.
+template <uint32_t kMask, uint32_t kBits>
+__device__ __forceinline__ uint32_t mask_xor(uint32_t word) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(result) : "r"(word), "n"(kMask), "r"(kBits));
+  return result;
+}
+
 // Four bytes of the eight in (low, high), chosen by the four nibbles of `selector` (PRMT).
 __device__ __forceinline__ uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   return __byte_perm(low, high, selector);

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "device/dtype.cuh"
+#include "device/rope.cuh"
 #include "device/trap.cuh"
 #include "device/vector.cuh"
 #include "runtime/alignment.h"
@@ -56,10 +57,11 @@ __global__ void __launch_bounds__(kThreads) apply_rope_kernel(ApplyRopeParams p)
     Vector<T, kSize> high = load_readonly<kSize>(source + half);
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
-      const float a = to_float(low.data[j]);
-      const float b = to_float(high.data[j]);
-      low.data[j] = from_float<T>(a * cosine.data[j] - b * sine.data[j]);
-      high.data[j] = from_float<T>(b * cosine.data[j] + a * sine.data[j]);
+      float a = to_float(low.data[j]);
+      float b = to_float(high.data[j]);
+      turn_pair(a, b, cosine.data[j], sine.data[j]);
+      low.data[j] = from_float<T>(a);
+      high.data[j] = from_float<T>(b);
     }
     store(target, low);
     store(target + half, high);

@@ -17,6 +17,24 @@ const char* to_string(DType dtype) {
       return "float16";
     case DType::kBFloat16:
       return "bfloat16";
+    case DType::kFloat8E4M3:
+      return "float8_e4m3";
+    case DType::kInt8:
+      return "int8";
+    case DType::kInt4:
+      return "int4";
+  }
+  return "unknown";
+}
+
+const char* to_string(KvScales scales) {
+  switch (scales) {
+    case KvScales::kNone:
+      return "none";
+    case KvScales::kTensor:
+      return "tensor";
+    case KvScales::kToken:
+      return "token";
   }
   return "unknown";
 }
@@ -29,6 +47,10 @@ int64_t size_of(DType dtype) {
       return 2;
     case DType::kBFloat16:
       return 2;
+    case DType::kFloat8E4M3:
+    case DType::kInt8:
+    case DType::kInt4:
+      return 0;
   }
   return 0;
 }

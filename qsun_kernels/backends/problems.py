@@ -7,7 +7,7 @@ are hashable, so that a choice is made once and remembered.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
@@ -18,18 +18,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BACKENDS",
+    "KV_SCALES",
     "ApplyRopeProblem",
     "AttentionImplementation",
     "AttentionPlan",
     "BackendName",
     "DequantizeProblem",
     "Implementation",
+    "KvScales",
     "LinearImplementation",
     "LinearOperator",
     "PagedAttentionDecodeProblem",
     "PreparedWeight",
     "Problem",
     "RmsNormProblem",
+    "SampleTokensProblem",
     "SiluAndMulProblem",
     "Wna16GateUpSiluProblem",
     "Wna16Problem",
@@ -43,6 +46,20 @@ LinearOperator = Literal["wna16_linear", "wna16_gate_up_silu"]
 
 BACKENDS: tuple[BackendName, ...] = ("cuda", "triton", "torch")
 """Every backend, in the order of preference."""
+
+
+KvScales = Literal["none", "tensor", "token"]
+"""The scales beside a KV cache: none, one for all of it, or one for each head of each token."""
+
+KV_SCALES: Mapping[torch.dtype, tuple[KvScales, ...]] = {
+    torch.float32: ("none",),
+    torch.float16: ("none",),
+    torch.bfloat16: ("none",),
+    torch.float8_e4m3fn: ("token", "tensor"),
+    torch.int8: ("token",),
+    torch.uint8: ("token",),
+}
+"""The dtypes of a KV cache, each with the scales that it may have; torch.uint8 holds pairs of 4-bit codes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +136,7 @@ class PagedAttentionDecodeProblem:
     """One or a few query tokens a request against its blocks of the KV cache.
 
     window: number of last positions that a token attends to, None for all. dtype: of q and of the output;
-    kv_dtype: of the cache.
+    kv_dtype: of the cache, whose scales are kv_scales (see `KV_SCALES`).
     """
 
     operator: ClassVar[str] = "paged_attention_decode"
@@ -132,19 +149,25 @@ class PagedAttentionDecodeProblem:
     dtype: torch.dtype
     kv_dtype: torch.dtype
     device: torch.device
+    kv_scales: KvScales = "none"
 
     @property
     def sizes(self) -> tuple[object, ...]:
         """The fields in their order."""
         return (
             *(self.num_q_heads, self.num_kv_heads, self.head_dim, self.block_size),
-            *(self.window, self.dtype, self.kv_dtype, self.device),
+            *(self.window, self.dtype, self.kv_dtype, self.device, self.kv_scales),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class WriteKvCacheProblem:
-    """Scatter of new keys and values into cache slots; dtype of k and v, kv_dtype of the cache."""
+    """New keys and values into cache slots, with what is done to them and to the queries on the way.
+
+    dtype: of q, k and v; kv_dtype: of the cache, whose scales are kv_scales (see `KV_SCALES`). num_q_heads: 0
+    without queries. norm: k, and q if there is one, go through an RMS norm. rope: through a rotary embedding.
+    rotate: through a Hadamard matrix.
+    """
 
     operator: ClassVar[str] = "write_kv_cache"
 
@@ -154,6 +177,11 @@ class WriteKvCacheProblem:
     dtype: torch.dtype
     kv_dtype: torch.dtype
     device: torch.device
+    kv_scales: KvScales = "none"
+    num_q_heads: int = 0
+    norm: bool = False
+    rope: bool = False
+    rotate: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +220,17 @@ class SiluAndMulProblem:
     device: torch.device
 
 
+@dataclass(frozen=True, slots=True)
+class SampleTokensProblem:
+    """One token drawn from each row of `vocab_size` logits; dtype is that of the logits."""
+
+    operator: ClassVar[str] = "sample_tokens"
+
+    vocab_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+
 Problem: TypeAlias = (
     Wna16Problem
     | Wna16GateUpSiluProblem
@@ -201,6 +240,7 @@ Problem: TypeAlias = (
     | RmsNormProblem
     | ApplyRopeProblem
     | SiluAndMulProblem
+    | SampleTokensProblem
 )
 
 

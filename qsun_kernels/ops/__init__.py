@@ -9,6 +9,7 @@ from qsun_kernels.ops.paged_attention_decode import paged_attention_decode
 from qsun_kernels.ops.plan_paged_attention import plan_paged_attention
 from qsun_kernels.ops.rms_norm import rms_norm
 from qsun_kernels.ops.rope_cache import RopeParameters, rope_cache
+from qsun_kernels.ops.sample_tokens import sample_tokens
 from qsun_kernels.ops.silu_and_mul import silu_and_mul
 from qsun_kernels.ops.wna16_gate_up_silu import prepare_gate_up, wna16_gate_up_silu
 from qsun_kernels.ops.wna16_linear import prepare_weight, wna16_linear
@@ -25,6 +26,7 @@ __all__ = [
     "prepare_weight",
     "rms_norm",
     "rope_cache",
+    "sample_tokens",
     "silu_and_mul",
     "wna16_gate_up_silu",
     "wna16_linear",

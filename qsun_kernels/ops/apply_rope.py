@@ -44,16 +44,9 @@ def _check(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
     checks.beside("k", k, q.dtype, q.device, "like q")
     checks.heads("k", k, "(T, Hk, D)")
     T, _, D = q.shape
-    if D % 2:
-        raise ValueError(f"q has shape {tuple(q.shape)}, expected (T, Hq, D) with an even D")
+    checks.rope("q", q, positions, cos_sin)
     if k.shape[0] != T or k.shape[2] != D:
         raise ValueError(f"k has shape {tuple(k.shape)}, expected (T, Hk, D) = ({T}, any, {D})")
-    checks.index("positions", positions, torch.int64, q.device)
-    checks.shape("positions", positions, (T,), "(T,)")
-    checks.beside("cos_sin", cos_sin, torch.float32, q.device, "angles in float32, on the device of q")
-    checks.rank("cos_sin", cos_sin, 2, "(max_positions, D)")
-    checks.shape("cos_sin", cos_sin, (cos_sin.shape[0], D), "(max_positions, D)")
-    checks.contiguous("cos_sin", cos_sin)
     refuse_gradient("apply_rope", q=q, k=k, cos_sin=cos_sin)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -78,3 +80,22 @@ def positive(name: str, value: int) -> None:
         raise TypeError(f"{name} is {value!r}, expected an integer")
     if value < 1:
         raise ValueError(f"{name} is {value}, expected at least 1")
+
+
+def epsilon(name: str, value: float) -> None:
+    """What is added to a mean of squares before its root is taken."""
+    if not (isinstance(value, float | int) and 0 <= value < math.inf):
+        raise ValueError(f"{name} is {value!r}, expected a finite number of at least 0")
+
+
+def rope(name: str, value: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
+    """Positions int64 (T,) and angles float32 (max_positions, D) for heads (T, H, D), the argument `name`."""
+    T, _, D = value.shape
+    if D % 2:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected (T, H, D) with an even D")
+    index("positions", positions, torch.int64, value.device)
+    shape("positions", positions, (T,), "(T,)")
+    beside("cos_sin", cos_sin, torch.float32, value.device, f"angles in float32, on the device of {name}")
+    rank("cos_sin", cos_sin, 2, "(max_positions, D)")
+    shape("cos_sin", cos_sin, (cos_sin.shape[0], D), "(max_positions, D)")
+    contiguous("cos_sin", cos_sin)

@@ -22,6 +22,7 @@ from qsun_kernels.backends.problems import (
     PagedAttentionDecodeProblem,
     Problem,
     RmsNormProblem,
+    SampleTokensProblem,
     SiluAndMulProblem,
     Wna16GateUpSiluProblem,
     Wna16Problem,
@@ -70,6 +71,7 @@ def representative_problems(
         ApplyRopeProblem(32, 8, 128, dtype, device),
         SiluAndMulProblem(14336, dtype, device),
         DequantizeProblem(*weight),
+        SampleTokensProblem(128256, torch.float32, device),
     )
 
 

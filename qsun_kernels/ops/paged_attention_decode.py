@@ -9,11 +9,16 @@ import torch
 from torch import Tensor
 
 from qsun_kernels.backends.dispatch import launcher, requested_backend
-from qsun_kernels.backends.problems import AttentionPlan, BackendName, PagedAttentionDecodeProblem
+from qsun_kernels.backends.problems import (
+    AttentionPlan,
+    BackendName,
+    KvScales,
+    PagedAttentionDecodeProblem,
+)
 from qsun_kernels.ops import checks
+from qsun_kernels.ops.cache_checks import cache_head_dim, check_cache, check_scales, kind_of
 from qsun_kernels.ops.library import is_traced, refuse_gradient, register
 from qsun_kernels.ops.plan_paged_attention import MAX_Q_LEN, check_plan
-from qsun_kernels.ops.write_kv_cache import check_cache
 
 __all__ = ["paged_attention_decode"]
 
@@ -30,6 +35,8 @@ def paged_attention_decode(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     plan: AttentionPlan | None = None,
     lse: Literal[False] = False,
     out: Tensor | None = None,
@@ -49,6 +56,8 @@ def paged_attention_decode(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     plan: AttentionPlan | None = None,
     lse: Literal[True],
     out: Tensor | None = None,
@@ -67,6 +76,8 @@ def paged_attention_decode(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     plan: AttentionPlan | None = None,
     lse: bool = False,
     out: Tensor | None = None,
@@ -79,6 +90,10 @@ def paged_attention_decode(
     Hkv, block_size, D) contiguous, Hq a multiple of Hkv (query heads of a group follow one another).
     block_table int32 (B, max_blocks): the blocks of each request in order; entries past its length are never
     followed. seq_lens int32 (B,): cached tokens of each request, all q_len new ones included.
+
+    Caches of codes (docs/formats.md): float8_e4m3fn, int8, or uint8 for 4 bits, (..., D / 2), with k_scale
+    and v_scale float32 (num_blocks, Hkv, block_size), or (1,) for float8_e4m3fn. K and V are then
+    code * scale, as `write_kv_cache` made them; where it rotated the keys, q has to be rotated.
 
     Token j stands at position seq_len - q_len + j and attends to the positions up to its own; with `window`
     to the last `window` of them. softcap: scores become ``softcap * tanh(score / softcap)`` (Gemma 2, arXiv
@@ -97,13 +112,16 @@ def paged_attention_decode(
     Raises TypeError or ValueError naming the argument, BackendUnavailable, RuntimeError if a gradient is
     wanted.
     """
-    q_len = _check(q, k_cache, v_cache, block_table, seq_lens, softmax_scale, window, softcap, sinks, out)
-    traced = is_traced(q, k_cache, v_cache, block_table, seq_lens, sinks, out)
+    q_len, kv_scales = _check(
+        *(q, k_cache, v_cache, block_table, seq_lens, softmax_scale, window, softcap, sinks),
+        *(k_scale, v_scale, out),
+    )
+    traced = is_traced(q, k_cache, v_cache, block_table, seq_lens, sinks, k_scale, v_scale, out)
     planned: tuple[Tensor, ...] | None = None
     if plan is not None:
         # Traced code asks the context when it runs, not when it is traced.
         named = backend if traced else requested_backend(backend)
-        check_plan(plan, q, k_cache, seq_lens.shape[0], q_len, window, named)
+        check_plan(plan, q, k_cache, kv_scales, seq_lens.shape[0], q_len, window, named)
         planned, backend = plan.tensors, plan.backend or backend
     if traced:
         result, log_sum = cast(
@@ -119,6 +137,8 @@ def paged_attention_decode(
                 softcap,
                 sinks,
                 None if planned is None else list(planned),
+                k_scale,
+                v_scale,
                 backend=backend,
             ),
         )
@@ -137,6 +157,8 @@ def paged_attention_decode(
             sinks,
             out,
             planned,
+            k_scale,
+            v_scale,
             backend,
         )
     return (result, log_sum) if lse else result
@@ -152,18 +174,22 @@ def _check(
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     out: Tensor | None,
-) -> int:
-    """Raise for what no backend takes; else the number of query tokens a request."""
+) -> tuple[int, KvScales]:
+    """Raise for what no backend takes; else the number of query tokens a request and the kind of scales."""
     checks.floating("q", q)
     checks.heads("q", q, "(B * q_len, Hq, D)")
     check_cache(k_cache, v_cache, q.device)
     _, num_q_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[1]
-    if k_cache.shape[3] != head_dim:
+    if cache_head_dim(k_cache) != head_dim:
         raise ValueError(
-            f"k_cache has shape {tuple(k_cache.shape)}, expected a head_dim of {head_dim} as q has"
+            f"k_cache has shape {tuple(k_cache.shape)} and dtype {k_cache.dtype}, expected a head_dim of "
+            f"{head_dim} as q has"
         )
+    kv_scales = check_scales(k_cache, k_scale, v_scale)
     if num_kv_heads < 1 or num_q_heads % num_kv_heads:
         raise ValueError(
             f"q has {num_q_heads} heads, expected a multiple of the {num_kv_heads} heads of k_cache"
@@ -191,8 +217,12 @@ def _check(
         checks.contiguous("out", out)
         if out is q:
             raise ValueError("out is q, expected memory of its own")
-    refuse_gradient("paged_attention_decode", q=q, k_cache=k_cache, v_cache=v_cache, sinks=sinks, out=out)
-    return q_len
+    refuse_gradient(
+        "paged_attention_decode",
+        **{"q": q, "k_cache": k_cache, "v_cache": v_cache, "sinks": sinks},
+        **{"k_scale": k_scale, "v_scale": v_scale, "out": out},
+    )
+    return q_len, kv_scales
 
 
 def _query_tokens(q: Tensor, batch: int) -> int:
@@ -221,22 +251,28 @@ def _launch(
     sinks: Tensor | None,
     out: Tensor | None,
     plan: tuple[Tensor, ...] | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    _, num_kv_heads, block_size, head_dim = k_cache.shape
+    _, num_kv_heads, block_size, _ = k_cache.shape
     run = launcher(
         requested_backend(backend),
         PagedAttentionDecodeProblem,
         q.shape[1],
         num_kv_heads,
-        head_dim,
+        q.shape[2],
         block_size,
         window,
         q.dtype,
         k_cache.dtype,
         q.device,
+        kind_of(k_scale),
     )
-    both = run(q, k_cache, v_cache, block_table, seq_lens, softmax_scale, window, softcap, sinks, out, plan)
+    both = run(
+        *(q, k_cache, v_cache, block_table, seq_lens, softmax_scale, window, softcap, sinks, out, plan),
+        *(k_scale, v_scale),
+    )
     return cast("tuple[Tensor, Tensor]", both)
 
 
@@ -251,6 +287,8 @@ def _run(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     plan: list[Tensor] | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -267,6 +305,8 @@ def _run(
         sinks,
         None,
         planned,
+        k_scale,
+        v_scale,
         backend,
     )
 
@@ -282,6 +322,8 @@ def _fake(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     plan: list[Tensor] | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -290,8 +332,8 @@ def _fake(
 
 register(
     "paged_attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
-    "float softmax_scale, int? window, float? softcap=None, Tensor? sinks=None, Tensor[]? plan=None, *, "
-    "str? backend=None) -> (Tensor, Tensor)",
+    "float softmax_scale, int? window, float? softcap=None, Tensor? sinks=None, Tensor[]? plan=None, "
+    "Tensor? k_scale=None, Tensor? v_scale=None, *, str? backend=None) -> (Tensor, Tensor)",
     _run,
     _fake,
 )

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from qsun_kernels.backends.dispatch import requested_backend, select
 from qsun_kernels.backends.problems import (
+    KV_SCALES,
     AttentionImplementation,
     AttentionPlan,
     BackendName,
+    KvScales,
     PagedAttentionDecodeProblem,
 )
 from qsun_kernels.ops import checks
@@ -31,6 +33,7 @@ _SIZES = (
     "dtype",
     "kv_dtype",
     "device",
+    "kv_scales",
     "batch",
     "q_len",
 )
@@ -45,6 +48,7 @@ def plan_paged_attention(
     block_size: int,
     dtype: torch.dtype,
     kv_dtype: torch.dtype | None = None,
+    kv_scales: KvScales | None = None,
     q_len: int = 1,
     window: int | None = None,
     backend: BackendName | None = None,
@@ -53,10 +57,13 @@ def plan_paged_attention(
 
     seq_lens int32 (B,), contiguous, as the calls will get it; it is read on the device, nothing waits. The
     other arguments are the sizes of those calls: q (B * q_len, num_q_heads, head_dim) of `dtype`, caches
-    (num_blocks, num_kv_heads, block_size, head_dim) of `kv_dtype` (that of q by default), `window`. A call
-    takes the plan while `seq_lens` holds what it held here; a call without one plans by itself. Calls that
-    share a plan run one after another, on one stream, since a kernel may count in it. Captured in a CUDA
-    graph, the plan is made anew at every replay.
+    (num_blocks, num_kv_heads, block_size, head_dim) of `kv_dtype` (that of q by default; torch.uint8 for
+    pairs of 4-bit codes), `window`. kv_scales: "tensor" for float8_e4m3fn with scales of shape (1,); by
+    default "token" where a cache of `kv_dtype` has scales.
+
+    A call takes the plan while `seq_lens` holds what it held here; a call without one plans by itself. Calls
+    that share a plan run one after another, on one stream, since a kernel may count in it. Captured in a
+    CUDA graph, the plan is made anew at every replay.
 
     A plan that was made outside serves code that is traced (torch.compile). Inside, where there is nothing to
     read and only a backend knows what its plans look like, this returns one whose calls plan by themselves.
@@ -73,9 +80,14 @@ def plan_paged_attention(
     if num_q_heads % num_kv_heads:
         raise ValueError(f"num_q_heads is {num_q_heads}, expected a multiple of num_kv_heads, {num_kv_heads}")
     kv_dtype = dtype if kv_dtype is None else kv_dtype
-    for name, one in (("dtype", dtype), ("kv_dtype", kv_dtype)):
-        if one not in checks.FLOATING:
-            raise TypeError(f"{name} is {one!r}, expected one of {', '.join(map(str, checks.FLOATING))}")
+    for name, one, known in (("dtype", dtype, checks.FLOATING), ("kv_dtype", kv_dtype, KV_SCALES)):
+        if one not in known:
+            raise TypeError(f"{name} is {one!r}, expected one of {', '.join(map(str, known))}")
+    if kv_scales is None:
+        kv_scales = KV_SCALES[kv_dtype][0]
+    elif kv_scales not in KV_SCALES[kv_dtype]:
+        allowed = " or ".join(map(repr, KV_SCALES[kv_dtype]))
+        raise ValueError(f"kv_scales is {kv_scales!r}, expected {allowed} for a cache of {kv_dtype}")
     check_q_len(q_len)
     if window is not None:
         checks.positive("window", window)
@@ -84,7 +96,8 @@ def plan_paged_attention(
     checks.index("seq_lens", seq_lens, torch.int32, seq_lens.device)
     checks.rank("seq_lens", seq_lens, 1, "(B,)")
     problem = PagedAttentionDecodeProblem(
-        num_q_heads, num_kv_heads, head_dim, block_size, window, dtype, kv_dtype, seq_lens.device
+        *(num_q_heads, num_kv_heads, head_dim, block_size, window, dtype, kv_dtype, seq_lens.device),
+        kv_scales=kv_scales,
     )
     batch = seq_lens.shape[0]
     if is_traced(seq_lens):
@@ -106,6 +119,7 @@ def check_plan(
     plan: AttentionPlan,
     q: Tensor,
     k_cache: Tensor,
+    kv_scales: KvScales,
     batch: int,
     q_len: int,
     window: int | None,
@@ -117,10 +131,10 @@ def check_plan(
             f"plan is a {type(plan).__name__}, expected an AttentionPlan (see plan_paged_attention)"
         )
     made_for = (*plan.problem.sizes, plan.batch, plan.q_len)
-    _, num_kv_heads, block_size, head_dim = k_cache.shape
+    _, num_kv_heads, block_size, _ = k_cache.shape
     called_with = (
-        *(q.shape[1], num_kv_heads, head_dim, block_size),
-        *(window, q.dtype, k_cache.dtype, q.device),
+        *(q.shape[1], num_kv_heads, q.shape[2], block_size),
+        *(window, q.dtype, k_cache.dtype, q.device, kv_scales),
         *(batch, q_len),
     )
     if made_for != called_with:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import cast, overload
 
 import torch
@@ -63,8 +62,7 @@ def _check(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> No
     checks.beside("weight", weight, x.dtype, x.device, "like x")
     checks.shape("weight", weight, x.shape[-1:], "(H,)")
     checks.contiguous("weight", weight)
-    if not (isinstance(eps, float | int) and 0 <= eps < math.inf):
-        raise ValueError(f"eps is {eps!r}, expected a finite number of at least 0")
+    checks.epsilon("eps", eps)
     if residual is not None:
         checks.beside("residual", residual, x.dtype, x.device, "like x")
         checks.shape("residual", residual, x.shape, "the shape of x")

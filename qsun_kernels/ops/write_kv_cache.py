@@ -1,6 +1,8 @@
-"""write_kv_cache: new keys and values into their slots of the paged cache."""
+"""write_kv_cache: new keys and values into their slots of the paged cache, with all that comes before it."""
 
 from __future__ import annotations
+
+from typing import cast, overload
 
 import torch
 from torch import Tensor
@@ -8,9 +10,52 @@ from torch import Tensor
 from qsun_kernels.backends.dispatch import launcher, requested_backend
 from qsun_kernels.backends.problems import BackendName, WriteKvCacheProblem
 from qsun_kernels.ops import checks
+from qsun_kernels.ops.cache_checks import cache_head_dim, check_cache, check_scales, kind_of
 from qsun_kernels.ops.library import is_traced, refuse_gradient, register
 
-__all__ = ["check_cache", "write_kv_cache"]
+__all__ = ["write_kv_cache"]
+
+
+@overload
+def write_kv_cache(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    q: None = None,
+    positions: Tensor | None = None,
+    cos_sin: Tensor | None = None,
+    q_norm: None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    rotate: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    backend: BackendName | None = None,
+) -> None: ...
+
+
+@overload
+def write_kv_cache(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    q: Tensor,
+    positions: Tensor | None = None,
+    cos_sin: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    rotate: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    backend: BackendName | None = None,
+) -> Tensor: ...
 
 
 def write_kv_cache(
@@ -20,40 +65,79 @@ def write_kv_cache(
     v_cache: Tensor,
     slot_mapping: Tensor,
     *,
+    q: Tensor | None = None,
+    positions: Tensor | None = None,
+    cos_sin: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    rotate: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     backend: BackendName | None = None,
-) -> None:
+) -> Tensor | None:
     """Write the key and value of each token to its slot, ``block * block_size + offset``; a negative slot
     skips the token.
 
     k, v (T, Hkv, D) of one dtype (float32, float16, bfloat16); the heads of a token lie side by side, the
     token stride is free. k_cache, v_cache (num_blocks, Hkv, block_size, D) contiguous, changed in place;
-    values are rounded to their dtype. slot_mapping int64 (T,); two tokens with one slot leave either there. A
-    slot past the cache is an error on the CPU (IndexError) and undefined on a GPU.
+    slot_mapping int64 (T,); two tokens with one slot leave either there. A slot past the cache is an error on
+    the CPU (IndexError) and undefined on a GPU.
+
+    The dtype of the caches says how they are stored (docs/formats.md). float32, float16 and bfloat16: values
+    are rounded to it. float8_e4m3fn, int8, and uint8 for 4 bits, (..., D / 2): value = code * scale, with
+    k_scale, v_scale float32 (num_blocks, Hkv, block_size), one a head and token, changed in place. With
+    float8_e4m3fn they may be (1,) instead, finite and above 0, and are only read. A head with a value that is
+    not finite reads as NaN (with a scale of shape (1,): that value does).
+
+    What a decoder layer does to q and k in front of it, each step wanted or not, in this order:
+    k_norm, q_norm (D,) of the dtype of k: `rms_norm` of each head with `eps` (Qwen3). positions, cos_sin:
+    `apply_rope`. rotate=True: each head times the Hadamard matrix / sqrt(D) (Sylvester's order, D a power of
+    two), which spreads outliers over the head before it is quantised and leaves q . k as it was (QuaRot,
+    arXiv 2404.00456, section 4); attention over such a cache needs every q rotated.
+
+    q (T, Hq, D) like k: goes through the same steps, for skipped tokens too, and is returned contiguous.
+    Without q, None is returned.
 
     Raises TypeError or ValueError naming the argument, BackendUnavailable, RuntimeError if a gradient is
     wanted.
     """
-    _check(k, v, k_cache, v_cache, slot_mapping)
-    if is_traced(k, v, k_cache, v_cache, slot_mapping):
-        torch.ops.qsun.write_kv_cache(k, v, k_cache, v_cache, slot_mapping, backend=backend)
-    else:
-        _launch(k, v, k_cache, v_cache, slot_mapping, backend=backend)
+    steps = (positions, cos_sin, q_norm, k_norm, eps, rotate, k_scale, v_scale)
+    _check(k, v, k_cache, v_cache, slot_mapping, q, *steps)
+    tensors = (k, v, k_cache, v_cache, slot_mapping, q, positions, cos_sin, q_norm, k_norm, k_scale, v_scale)
+    if not is_traced(*tensors):
+        return _launch(k, v, k_cache, v_cache, slot_mapping, q, *steps, backend)
+    after_norm = (eps, rotate, k_scale, v_scale)
+    if q is None:
+        torch.ops.qsun.write_kv_cache(
+            *(k, v, k_cache, v_cache, slot_mapping, positions, cos_sin, k_norm, *after_norm), backend=backend
+        )
+        return None
+    return cast(
+        Tensor,
+        torch.ops.qsun.write_kv_cache_with_q(
+            *(k, v, k_cache, v_cache, slot_mapping, q, positions, cos_sin, q_norm, k_norm, *after_norm),
+            backend=backend,
+        ),
+    )
 
 
-def check_cache(k_cache: Tensor, v_cache: Tensor, device: torch.device) -> None:
-    """Two caches (num_blocks, Hkv, block_size, D), alike, contiguous, on `device`."""
-    checks.floating("k_cache", k_cache)
-    checks.beside("k_cache", k_cache, k_cache.dtype, device, "on the device of the data")
-    checks.rank("k_cache", k_cache, 4, "(num_blocks, Hkv, block_size, D)")
-    checks.contiguous("k_cache", k_cache)
-    checks.beside("v_cache", v_cache, k_cache.dtype, device, "like k_cache")
-    checks.shape("v_cache", v_cache, k_cache.shape, "the shape of k_cache")
-    checks.contiguous("v_cache", v_cache)
-    if k_cache.shape[2] < 1:
-        raise ValueError(f"k_cache has shape {tuple(k_cache.shape)}, expected a block_size of at least 1")
-
-
-def _check(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+def _check(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    q: Tensor | None,
+    positions: Tensor | None,
+    cos_sin: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    rotate: bool,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
     checks.floating("k", k)
     checks.heads("k", k, "(T, Hkv, D)")
     checks.beside("v", v, k.dtype, k.device, "like k")
@@ -61,14 +145,53 @@ def _check(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping:
     checks.heads("v", v, "(T, Hkv, D)")
     check_cache(k_cache, v_cache, k.device)
     T, H, D = k.shape
-    if k_cache.shape[1] != H or k_cache.shape[3] != D:
+    if k_cache.shape[1] != H or cache_head_dim(k_cache) != D:
+        width, size = ("D / 2", D / 2) if k_cache.dtype == torch.uint8 else ("D", D)
         raise ValueError(
-            f"k_cache has shape {tuple(k_cache.shape)}, "
-            f"expected (num_blocks, Hkv, block_size, D) = (any, {H}, any, {D}) as k has"
+            f"k_cache has shape {tuple(k_cache.shape)} and dtype {k_cache.dtype}, "
+            f"expected (num_blocks, Hkv, block_size, {width}) = (any, {H}, any, {size:g}) as k has"
         )
+    check_scales(k_cache, k_scale, v_scale)
     checks.index("slot_mapping", slot_mapping, torch.int64, k.device)
     checks.shape("slot_mapping", slot_mapping, (T,), "(T,)")
-    refuse_gradient("write_kv_cache", k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    if q is not None:
+        checks.beside("q", q, k.dtype, k.device, "like k")
+        checks.heads("q", q, "(T, Hq, D)")
+        checks.shape("q", q, (T, q.shape[1], D), "(T, Hq, D)")
+    _check_norms(k, q, q_norm, k_norm, eps)
+    if (positions is None) != (cos_sin is None):
+        name, other = ("positions", "cos_sin") if positions is None else ("cos_sin", "positions")
+        raise ValueError(f"{name} is None, expected it beside {other}, or neither")
+    if positions is not None and cos_sin is not None:
+        checks.rope("k", k, positions, cos_sin)
+    if rotate:
+        if q is None:
+            raise ValueError("rotate is True and q is None, expected the queries, which rotate with the keys")
+        if D & (D - 1):
+            raise ValueError(f"rotate is True and k has a head_dim of {D}, expected a power of two")
+    elif q is not None and q_norm is None and positions is None:
+        raise ValueError("q is given and there is nothing to do to q, expected cos_sin, q_norm or rotate")
+    refuse_gradient(
+        "write_kv_cache",
+        **{"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache, "q": q, "cos_sin": cos_sin},
+        **{"q_norm": q_norm, "k_norm": k_norm, "k_scale": k_scale, "v_scale": v_scale},
+    )
+
+
+def _check_norms(
+    k: Tensor, q: Tensor | None, q_norm: Tensor | None, k_norm: Tensor | None, eps: float
+) -> None:
+    if q is None and q_norm is not None:
+        raise ValueError("q_norm is given and q is None, expected both or neither")
+    if q is not None and (q_norm is None) != (k_norm is None):
+        name, other = ("q_norm", "k_norm") if q_norm is None else ("k_norm", "q_norm")
+        raise ValueError(f"{name} is None, expected it beside {other}, or neither")
+    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if norm is not None:
+            checks.beside(name, norm, k.dtype, k.device, "like k")
+            checks.shape(name, norm, (k.shape[2],), "(D,)")
+            checks.contiguous(name, norm)
+    checks.epsilon("eps", eps)
 
 
 def _launch(
@@ -77,9 +200,17 @@ def _launch(
     k_cache: Tensor,
     v_cache: Tensor,
     slot_mapping: Tensor,
-    *,
-    backend: str | None = None,
-) -> None:
+    q: Tensor | None,
+    positions: Tensor | None,
+    cos_sin: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    rotate: bool,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    backend: str | None,
+) -> Tensor | None:
     run = launcher(
         requested_backend(backend),
         WriteKvCacheProblem,
@@ -89,25 +220,87 @@ def _launch(
         k.dtype,
         k_cache.dtype,
         k.device,
+        kind_of(k_scale),
+        0 if q is None else q.shape[1],
+        k_norm is not None,
+        positions is not None,
+        rotate,
     )
-    run(k, v, k_cache, v_cache, slot_mapping)
+    steps = (positions, cos_sin, q_norm, k_norm, eps, rotate, k_scale, v_scale)
+    return cast("Tensor | None", run(k, v, k_cache, v_cache, slot_mapping, q, *steps))
 
 
-def _fake(
+def _run(
     k: Tensor,
     v: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     slot_mapping: Tensor,
+    positions: Tensor | None = None,
+    cos_sin: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    rotate: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     *,
     backend: str | None = None,
 ) -> None:
+    steps = (positions, cos_sin, None, k_norm, eps, rotate, k_scale, v_scale)
+    _launch(k, v, k_cache, v_cache, slot_mapping, None, *steps, backend)
+
+
+def _run_with_q(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    q: Tensor,
+    positions: Tensor | None = None,
+    cos_sin: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    rotate: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    steps = (positions, cos_sin, q_norm, k_norm, eps, rotate, k_scale, v_scale)
+    return cast(Tensor, _launch(k, v, k_cache, v_cache, slot_mapping, q, *steps, backend))
+
+
+def _fake(k: Tensor, *others: object, backend: str | None = None) -> None:
     return None
 
 
+def _fake_with_q(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    q: Tensor,
+    *others: object,
+    backend: str | None = None,
+) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+_WRITTEN = "Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping"
+_STEPS = "float eps=1e-6, bool rotate=False, Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None"
+
 register(
-    "write_kv_cache(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, *, "
-    "str? backend=None) -> ()",
-    _launch,
+    f"write_kv_cache({_WRITTEN}, Tensor? positions=None, Tensor? cos_sin=None, Tensor? k_norm=None, "
+    f"{_STEPS}, *, str? backend=None) -> ()",
+    _run,
     _fake,
+)
+register(
+    f"write_kv_cache_with_q({_WRITTEN}, Tensor q, Tensor? positions=None, Tensor? cos_sin=None, "
+    f"Tensor? q_norm=None, Tensor? k_norm=None, {_STEPS}, *, str? backend=None) -> Tensor",
+    _run_with_q,
+    _fake_with_q,
 )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qsun_kernels.quant import PackedWeight, QuantSpec
+from qsun_kernels.testing.kv_codes import KvKind, quantised_cache
 
 __all__ = [
     "ODD_ROWS",
@@ -27,6 +28,7 @@ __all__ = [
     "paged_attention_inputs",
     "poisoned_outputs",
     "qkv_views",
+    "sampling_inputs",
     "slot_mapping",
     "zipf_lengths",
 ]
@@ -150,6 +152,8 @@ class PagedAttentionInputs:
     window: int | None
     softcap: float | None = None
     sinks: Tensor | None = None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
 
     @property
     def q_len(self) -> int:
@@ -168,6 +172,7 @@ def paged_attention_inputs(
     block_size: int,
     dtype: torch.dtype,
     kv_dtype: torch.dtype | None = None,
+    kv: KvKind | None = None,
     device: torch.device | str = "cpu",
     window: int | None = None,
     q_len: int = 1,
@@ -179,8 +184,9 @@ def paged_attention_inputs(
     """A batch of requests of these lengths over scattered blocks.
 
     Every slot that no request may read is NaN, and so are the blocks behind the block ids past a request's
-    length. q is a strided view of q_len tokens a request. sinks: with normal numbers for them. spare_blocks:
-    blocks of nobody, and columns of the block table past the longest request.
+    length. kv: a kind of codes that the caches become. q is a strided view of q_len tokens a request. sinks:
+    with normal numbers for them. spare_blocks: blocks of nobody, and columns of the block table past the
+    longest request.
     """
     kv_dtype = dtype if kv_dtype is None else kv_dtype
     counts = [-(-length // block_size) for length in seq_lens]
@@ -202,6 +208,9 @@ def paged_attention_inputs(
             tokens = torch.full((count * block_size, num_kv_heads, head_dim), torch.nan, dtype=kv_dtype)
             tokens[first:length] = normal(source, (length - first, num_kv_heads, head_dim), kv_dtype, std=std)
             cache[own.long()] = tokens.view(count, block_size, num_kv_heads, head_dim).transpose(1, 2)
+    k_scale = v_scale = None
+    if kv is not None:
+        (k_cache, k_scale), (v_cache, v_scale) = (quantised_cache(c, kv) for c in (k_cache, v_cache))
     q, _, _ = qkv_views(source, len(counts) * q_len, num_q_heads, num_kv_heads, head_dim, dtype, device)
     return PagedAttentionInputs(
         q=q,
@@ -213,6 +222,67 @@ def paged_attention_inputs(
         window=window,
         softcap=softcap,
         sinks=normal(source, (num_q_heads,), torch.float32, device) if sinks else None,
+        k_scale=None if k_scale is None else k_scale.to(device),
+        v_scale=None if v_scale is None else v_scale.to(device),
+    )
+
+
+def sampling_inputs(
+    source: torch.Generator,
+    batch: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    *,
+    std: float = 3.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logits, temperature, top_k, top_p, min_p and keys for `sample_tokens`; rows lie NaN elements apart.
+
+    Rows take turns: greedy, all filters off, each filter alone, all together, filters at their bounds; every
+    sixteen rows hold one of all equal logits, one huge one, -inf entries, and a NaN, +inf and nothing but
+    -inf, where the row cannot be drawn from.
+    """
+    gap = int(torch.randint(0, 9, (1,), generator=source))
+    rows = torch.full((batch, vocab_size + gap), torch.nan, dtype=dtype)
+    logits = rows[:, :vocab_size]
+    logits.copy_(normal(source, (batch, vocab_size), dtype, std=std))
+    some = int(torch.randint(1, vocab_size + 1, (1,), generator=source))
+    settings = torch.zeros(batch, 4, dtype=torch.float64)
+    for row in range(batch):
+        settings[row] = torch.tensor(
+            [
+                (0.0, 0, 1.0, 0.0),  # temperature, top_k, top_p, min_p
+                (1.0, 0, 1.0, 0.0),
+                (0.7, some, 1.0, 0.0),
+                (1.3, 0, 0.9, 0.0),
+                (1.0, 0, 1.0, 0.05),
+                (2.0, min(50, vocab_size), 0.8, 0.02),
+                (1.0, 1, 0.5, 0.0),
+                (0.5, vocab_size, 1e-6, 1.0),
+                (30.0, vocab_size - vocab_size // 3, 0.999, 1e-9),
+            ][(row * 5 + row // 16) % 9]
+        )
+        kind = row % 16
+        if kind == 3:
+            logits[row] = 1.5
+        elif kind == 5:
+            logits[row, vocab_size // 2] = torch.finfo(dtype).max
+        elif kind == 8 and vocab_size > 1:
+            logits[row, vocab_size // 3 :: 2] = -torch.inf
+            logits[row, 0] = 0.0
+        elif kind in (10, 12):
+            logits[row, vocab_size // 2] = torch.nan if kind == 10 else torch.inf
+        elif kind == 14:
+            logits[row] = -torch.inf
+    temperature, top_k, top_p, min_p = settings.unbind(dim=1)
+    keys = torch.randint(-(2**63), 2**63 - 1, (batch,), generator=source)
+    return (
+        rows.to(device)[:, :vocab_size],
+        temperature.float().to(device),
+        top_k.int().to(device),
+        top_p.float().to(device),
+        min_p.float().to(device),
+        keys.to(device),
     )
 
 

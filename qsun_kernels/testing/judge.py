@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qsun_kernels.ops import sample_tokens
 from qsun_kernels.quant import PackedWeight
 from qsun_kernels.testing import oracles
 from qsun_kernels.testing.inputs import PagedAttentionInputs
@@ -20,6 +21,7 @@ __all__ = [
     "judge_dequantize",
     "judge_paged_attention_decode",
     "judge_rms_norm",
+    "judge_sample_tokens",
     "judge_silu_and_mul",
     "judge_wna16_gate_up_silu",
     "judge_wna16_linear",
@@ -140,3 +142,21 @@ def judge_dequantize(got: Tensor, packed: PackedWeight, dtype: torch.dtype) -> C
     zeros = packed.spec.zero_point if packed.qzeros is None else packed.qzeros.int()[:, groups]
     expected = (packed.codes().int() - zeros).float() * packed.scales.float()[:, groups]
     return compare_bits("dequantize", got, expected.to(dtype))
+
+
+def judge_sample_tokens(
+    got: tuple[Tensor, Tensor],
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    keys: Tensor,
+) -> Comparison:
+    """got: (tokens, valid). Those of the reference on the CPU: all that decides is specified to the bit but
+    for the logarithms of the noise, see `sample_tokens`.
+    """
+    arguments = (one.cpu() for one in (logits, temperature, top_k, top_p, min_p, keys))
+    expected = sample_tokens(*arguments, backend="torch")
+    names = ("sample_tokens tokens", "sample_tokens valid")
+    return all_of(compare_bits(*three) for three in zip(names, got, expected, strict=True))

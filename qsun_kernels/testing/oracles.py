@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from qsun_kernels.quant import PackedWeight
 from qsun_kernels.testing.inputs import PagedAttentionInputs
+from qsun_kernels.testing.kv_codes import dequantised
 
 __all__ = [
     "Sum",
@@ -133,7 +134,19 @@ def cached_tokens(inputs: PagedAttentionInputs, request: int, token: int) -> tup
     at = [(table[position // block_size], position % block_size) for position in range(first, stop)]
     blocks = torch.tensor([block for block, _ in at], dtype=torch.long, device=inputs.k_cache.device)
     offsets = torch.tensor([offset for _, offset in at], dtype=torch.long, device=inputs.k_cache.device)
-    return inputs.k_cache[blocks, :, offsets], inputs.v_cache[blocks, :, offsets]
+    return (
+        _tokens_at(inputs.k_cache, inputs.k_scale, blocks, offsets),
+        _tokens_at(inputs.v_cache, inputs.v_scale, blocks, offsets),
+    )
+
+
+def _tokens_at(cache: Tensor, scale: Tensor | None, blocks: Tensor, offsets: Tensor) -> Tensor:
+    """Tokens (T, H, D) of a cache; of a cache of codes the numbers that they stand for, float64."""
+    if scale is None:
+        return cache[blocks, :, offsets]
+    # torch moves bytes about where it does not move float8.
+    codes = cache.view(torch.uint8)[blocks, :, offsets].view(cache.dtype)
+    return dequantised(codes, scale if scale.shape == (1,) else scale[blocks, :, offsets])
 
 
 def _attending_tokens(inputs: PagedAttentionInputs) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -21,6 +21,7 @@ OPERATORS = [
     "apply_rope",
     "silu_and_mul",
     "dequantize",
+    "sample_tokens",
 ]
 
 

@@ -17,14 +17,20 @@ namespace qsun {
 // summed in float32. A query token that attends to nothing (seq_len <= 0, or a position below 0): out 0, lse
 // the sink, or -infinity without one.
 //
-// Nothing outside the positions that a request attends to is read, neither in the block table nor in the
+// Keys and values may be codes (see DType): value = code * scale, with 16-bit q, head_dim 64, 128 or 256 and
+// sizes that is_planned() takes; nothing else serves them.
+//
+// Nothing outside the positions that a request attends to is looked at, neither in the block table nor in the
 // cache. A length that its row of the block table cannot hold, or a block outside the cache, traps: the
 // stream's next synchronisation reports it. Among the q_len tokens of one request, a value that is not finite
 // at a position that one of them attends to may reach the others.
 struct PagedAttentionDecodeParams {
   const void* q = nullptr;  // (batch * q_len, num_q_heads, head_dim) dtype, rows q_stride elements apart
-  const void* k_cache = nullptr;  // (num_blocks, num_kv_heads, block_size, head_dim) dtype, 16-byte aligned
-  const void* v_cache = nullptr;  // the same
+  const void* k_cache =
+      nullptr;  // (num_blocks, num_kv_heads, block_size, head_dim) kv_dtype, 16-byte aligned
+  const void* v_cache = nullptr;         // the same
+  const float* k_scale = nullptr;        // what codes are multiplied by, as kv_scales says: null, (1,), or
+  const float* v_scale = nullptr;        // (num_blocks, num_kv_heads, block_size), 16-byte aligned
   const int32_t* block_table = nullptr;  // (batch, max_blocks), rows block_table_stride apart
   const int32_t* seq_lens = nullptr;     // (batch,) positions of a request, the new tokens' included
   const float* sinks = nullptr;          // (num_q_heads,) logits that add to the denominator alone; or null
@@ -49,6 +55,8 @@ struct PagedAttentionDecodeParams {
   float softmax_scale = 1.0f;
   float softcap = 0.0f;  // above 0, or 0: none
   DType dtype = DType::kFloat32;
+  DType kv_dtype = DType::kFloat32;      // dtype, or codes
+  KvScales kv_scales = KvScales::kNone;  // of codes kToken, of kFloat8E4M3 also kTensor
   int device = 0;
   Stream stream = nullptr;
 };
@@ -57,13 +65,14 @@ QSUN_API std::string to_string(const PagedAttentionDecodeParams& params);
 // Two kernels serve the operator. The planned one (attention/tiles.cuh) takes 16-bit dtypes, head_dim 64, 96,
 // 128 or 256, blocks of at least 16, up to 128 query rows a key head and up to 32768 requests, where two
 // tiles fit into a block's shared memory (at head_dim 256 that is 134 KiB: sm_80, not sm_86); the other
-// (attention/split.cuh) the rest, without a plan.
+// (attention/split.cuh) the rest, without a plan. Codes have a planned kernel of their own
+// (attention/codes.cuh).
 QSUN_API bool is_planned(const PagedAttentionDecodeParams& params, const DeviceProps& props);
 
 // How the planned kernel is launched.
 struct PagedAttentionDecodeConfig {
-  int warps = 4;           // of a block
-  int stages = 3;          // tiles of 64 tokens in a block's ring, the one being multiplied included
+  int warps = 4;   // of a block
+  int stages = 3;  // steps of 64 tokens (128 of codes) in a block's ring, that being multiplied included
   int blocks_per_sm = 1;   // at once
   int parts = 1;           // blocks of the grid, of equal shares of the work
   int min_part_units = 2;  // smaller parts are not made: fewer blocks get work (units: attention/plan.h)

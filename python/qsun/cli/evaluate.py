@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qsun.cli import exits
 from qsun.cli.exits import UsageError
 from qsun.cli.loading import config_of, device_of, dtype_of, progress_bar
-from qsun.cli.values import group_size, name_and_path
+from qsun.cli.values import KV_CACHE_DTYPES, KV_CACHE_HELP, group_size, name_and_path
 
 if TYPE_CHECKING:
     from qsun.engine.engine import DecodeEngine
@@ -50,6 +50,7 @@ def add_eval_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--backend", choices=("cuda", "triton", "torch"), help="for every operator")
     parser.add_argument("--max-batch-size", type=int, default=64)
+    parser.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help=KV_CACHE_HELP)
     parser.add_argument("--bits", type=int, choices=(2, 3, 4, 8, 16), help="of the decoder (as stored)")
     parser.add_argument("--group-size", type=group_size, help="auto, 32, 64, 128 or channel (auto)")
     parser.add_argument("--asymmetric", action="store_true", help="store a zero point for each group")
@@ -76,7 +77,11 @@ def evaluate(arguments: argparse.Namespace) -> int:
             raise UsageError(f"--{name.replace('_', '-')}: got {value}, expected at least {least}")
     if arguments.task in ("gsm8k", "jsonl", "perplexity") and arguments.data is None:
         raise UsageError(f"--data: got none, expected the data of {arguments.task}")
-    options = {"max_batch_size": arguments.max_batch_size, "backend": arguments.backend}
+    options = {
+        "max_batch_size": arguments.max_batch_size,
+        "backend": arguments.backend,
+        "kv_cache_dtype": arguments.kv_cache_dtype,
+    }
     try:
         EngineOptions(**options)
     except ValueError as error:
@@ -153,6 +158,8 @@ def _ask(
     if decode.lm_head_bits != DENSE_BITS:
         decoder += f", lm_head of {decode.lm_head_bits} bits"
     identity = {"decoder": decoder}
+    if arguments.kv_cache_dtype != "auto":
+        identity["kv cache"] = arguments.kv_cache_dtype
     for name, path in sources.items():
         module = _module(engine, name, path)
         identity[f"model {name}"] = f"{module.fingerprint}, first token by {module.first_token}"
@@ -188,15 +195,18 @@ def _perplexity(
     report: DataReport,
 ) -> dict[str, Any]:
     """-log p of the responses; a line of items.jsonl for each."""
+    from qsun.engine.options import kv_format_of
     from qsun.evaluation.perplexity import perplexity, response_losses
     from qsun.evaluation.runner import SUMMARY, VERDICTS
 
+    decode = engine.decode_module
+    kv_format = kv_format_of(engine.options.kv_cache_dtype, decode.dtype, decode.config.head_dim)
     models = {}
     arguments.out.mkdir(parents=True, exist_ok=True)
     with (arguments.out / VERDICTS).open("w", encoding="utf-8") as file:
         for name, path in sources.items():
             module = _module(engine, name, path)
-            losses = response_losses(engine.decode_module, module, examples, module.first_token)
+            losses = response_losses(decode, module, examples, module.first_token, kv_format)
             for index, loss in enumerate(losses):
                 line = {"model": name, "item": str(index), "loss": loss.total, "tokens": loss.tokens}
                 file.write(json.dumps(line) + "\n")

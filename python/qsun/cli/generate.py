@@ -47,7 +47,11 @@ def generate(arguments: argparse.Namespace) -> int:
             )
 
     device = device_of(arguments.device)
-    options = {"max_batch_size": arguments.max_batch_size, "backend": arguments.backend}
+    options = {
+        "max_batch_size": arguments.max_batch_size,
+        "backend": arguments.backend,
+        "kv_cache_dtype": arguments.kv_cache_dtype,
+    }
     try:
         EngineOptions(**options)
     except ValueError as error:

@@ -10,7 +10,13 @@ from typing import Any
 from qsun.cli import exits
 from qsun.cli.evaluate import add_eval_options
 from qsun.cli.train import add_train_options
-from qsun.cli.values import group_size, name_and_path, name_and_text
+from qsun.cli.values import (
+    KV_CACHE_DTYPES,
+    KV_CACHE_HELP,
+    group_size,
+    name_and_path,
+    name_and_text,
+)
 
 
 def _quantisation_options(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--raw", action="store_true", help="prompts as they are, without the chat template")
     generate.add_argument("--backend", choices=("cuda", "triton", "torch"), help="for every operator")
     generate.add_argument("--max-batch-size", type=int, default=64)
+    generate.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help=KV_CACHE_HELP)
     generate.add_argument(
         "--bits",
         type=int,

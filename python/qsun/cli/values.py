@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+KV_CACHE_DTYPES = ("auto", "float32", "float16", "bfloat16", "fp8", "int8", "int4")
+KV_CACHE_HELP = "how keys and values are kept; fp8, int8 and int4 are codes with scales (auto: as the model)"
+
 
 def name_and_path(text: str) -> tuple[str, Path]:
     """NAME=PATH."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qsun.cli.answers import Pace
+from qsun.engine.options import kv_format_of
 from qsun.engine.report import operator_problems
 from qsun.layers.linear import QuantLinear
 from qsun.layers.mlp import GateUpSilu
@@ -124,8 +125,10 @@ def _backends(engine: DecodeEngine) -> dict[str, str]:
     if isinstance(mlp.gate_up, GateUpSilu):
         weight = mlp.gate_up.weight
         found["wna16_gate_up_silu"] = f"{weight.backend} ({weight.spec}, layout {weight.layout})"
+    options = engine.options
+    kv_format = kv_format_of(options.kv_cache_dtype, decode.dtype, decode.config.head_dim)
     for row in explain_rows(
-        operator_problems(decode, engine.options.block_size, decode.dtype), backend=engine.options.backend
+        operator_problems(decode, options.block_size, kv_format), backend=options.backend
     ):
         if row.status == "chosen":
             found[row.operator] = f"{row.backend} ({row.detail})"

@@ -14,7 +14,7 @@ from qsun.engine.answers import CompletionBuilder
 from qsun.engine.book import RequestBook
 from qsun.engine.intake import Prompt, check_given_kv, split_prompts, tokenize
 from qsun.engine.memory import refuse_fraction
-from qsun.engine.options import EngineOptions, kv_dtype_of
+from qsun.engine.options import EngineOptions, kv_format_of
 from qsun.engine.output_stream import OutputStream
 from qsun.engine.registry import Model, Registry, load_model
 from qsun.engine.report import explain_engine
@@ -71,6 +71,7 @@ class DecodeEngine:
                 refuse_fraction(options.memory, decode.device)
             if options.cuda_graphs == "on":
                 raise ValueError(f"cuda_graphs is 'on' on {decode.device}, expected 'auto' or 'off' there")
+        kv_format_of(options.kv_cache_dtype, decode.dtype, decode.config.head_dim)
         self.decode_module = decode
         self.tokenizer = tokenizer
         self.options = options
@@ -256,8 +257,9 @@ class DecodeEngine:
         """Take in a request whose prompt was prefilled elsewhere.
 
         prompt: token ids of the whole prompt, N of them.
-        k, v: (num_layers, T, num_kv_heads, head_dim) of the cache's dtype, keys after rotation.  T is N - 1
-            for a model with first_token "decode", N with "prefill".
+        k, v: (num_layers, T, num_kv_heads, head_dim) of the cache's dtype, or of the decode module's where
+            the cache holds codes; keys after the rotary embedding.  T is N - 1 for a model with first_token
+            "decode", N with "prefill".
         next_token: what the decode module reads next: the last prompt token ("decode"), or the first token of
             the answer ("prefill"), which is then the first of the outputs.
         fingerprint: of the module that computed the KV; it has to be the model's.
@@ -275,6 +277,8 @@ class DecodeEngine:
         tokens = tokenize(prompt, None)
         book = self._open_book()
         request = book.request(tokens, model, params, request_id)
+        decode = self.decode_module
+        kv_format = kv_format_of(self.options.kv_cache_dtype, decode.dtype, decode.config.head_dim)
         check_given_kv(
             k,
             v,
@@ -283,9 +287,11 @@ class DecodeEngine:
             entry.first_token,
             model=model,
             config=self.decode_module.config,
-            dtype=kv_dtype_of(self.options.kv_cache_dtype, self.decode_module.dtype),
+            dtype=kv_format.values,
         )
-        saved = pack_kv(k, v, self.options.block_size)
+        saved = pack_kv(
+            k, v, self.options.block_size, kv_format, device=decode.device, backend=self.options.backend
+        )
         if self._stream is not None and saved.blocks.is_cuda:
             # Packed on the caller's stream, copied into the cache on the engine's.
             torch.cuda.current_stream(saved.blocks.device).synchronize()

@@ -191,7 +191,7 @@ def check_given_kv(
                 f" num_kv_heads, head_dim) for {len(prompt)} prompt tokens, as {convention}"
             )
         if values.dtype != dtype:
-            raise RequestError(f"{name} has dtype {values.dtype}, expected {dtype} like the cache")
+            raise RequestError(f"{name} has dtype {values.dtype}, expected {dtype}, which the cache takes")
         problem = finite_values(name, values)
         if problem is not None:
             raise RequestError(problem)

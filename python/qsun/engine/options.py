@@ -10,9 +10,10 @@ import torch
 from qsun.core import FirstToken
 from qsun.engine.memory import parse_memory
 from qsun.engine.runner import GraphMode
+from qsun.kv_cache.format import CODES, VALUES, KVFormat
 from qsun_kernels.backends.problems import BACKENDS, BackendName
 
-__all__ = ["EngineOptions", "Overlap", "kv_dtype_of"]
+__all__ = ["EngineOptions", "Overlap", "kv_format_of"]
 
 Overlap = Literal["auto", "on", "off"]
 
@@ -21,7 +22,9 @@ Overlap = Literal["auto", "on", "off"]
 class EngineOptions:
     """Everything about an engine but its weights.
 
-    kv_cache_dtype: "auto" is the decode module's own.
+    kv_cache_dtype: "auto" is the decode module's own; or a 16- or 32-bit dtype; or "fp8", "int8", "int4":
+        keys and values are kept as codes of 8 or 4 bits with a float32 scale for each head of a token.
+        "int4" rotates keys and queries by a Hadamard matrix, so it needs a head_dim that is a power of two.
     max_batch_size: most requests that are computed at one time.
     max_model_len: most tokens of prompt and answer together; None is what model and cache allow.  Where it is
         more than the cache holds, a request that asks for more than that is refused.
@@ -64,17 +67,43 @@ class EngineOptions:
         _one_of("cuda_graphs", self.cuda_graphs, get_args(GraphMode))
         _one_of("overlap", self.overlap, get_args(Overlap))
         _one_of("backend", self.backend, (None, *BACKENDS))
-        kv_dtype_of(self.kv_cache_dtype, torch.float32)
+        _cache_dtype(self.kv_cache_dtype)
 
 
-def kv_dtype_of(kv_cache_dtype: torch.dtype | str, own: torch.dtype) -> torch.dtype:
-    """The cache's dtype; "auto" is the module's own.  Names such as "bfloat16" are understood."""
+def kv_format_of(kv_cache_dtype: torch.dtype | str, own: torch.dtype, head_dim: int) -> KVFormat:
+    """How the cache of a module keeps its keys and values; "auto" is the module's own dtype.
+
+    own: dtype of the module, in which keys and values come to a cache of codes.
+    Raises ValueError for "int4" with heads that cannot be rotated.
+    """
+    dtype = _cache_dtype(kv_cache_dtype)
+    if dtype is None:
+        return KVFormat.of(own)
+    if dtype in VALUES:
+        return KVFormat.of(dtype)
+    rotates = dtype == CODES["int4"]
+    if rotates and head_dim & (head_dim - 1):
+        # 4-bit keys that are not rotated ruin models: a warning would be overlooked.
+        raise ValueError(
+            f"kv_cache_dtype is {kv_cache_dtype!r}, which rotates heads, and the model's head_dim is"
+            f" {head_dim}; expected a power of two, or another kv_cache_dtype, such as 'int8' or 'fp8'"
+        )
+    return KVFormat(dtype, own, rotates)
+
+
+def _cache_dtype(kv_cache_dtype: torch.dtype | str) -> torch.dtype | None:
+    """None for "auto".  Names such as "bfloat16" are understood."""
     if kv_cache_dtype == "auto":
-        return own
-    dtype = getattr(torch, kv_cache_dtype, None) if isinstance(kv_cache_dtype, str) else kv_cache_dtype
-    allowed = (torch.float32, torch.float16, torch.bfloat16)
-    if dtype not in allowed:
-        raise ValueError(f"kv_cache_dtype must be 'auto' or one of {allowed}, got {kv_cache_dtype!r}")
+        return None
+    if isinstance(kv_cache_dtype, str):
+        dtype = CODES.get(kv_cache_dtype) or getattr(torch, kv_cache_dtype, None)
+        is_known = kv_cache_dtype in CODES or dtype in VALUES
+    else:
+        dtype = kv_cache_dtype
+        is_known = dtype in VALUES
+    if not is_known:
+        names = ", ".join(map(repr, ("auto", *CODES)))
+        raise ValueError(f"kv_cache_dtype must be one of {names} or {VALUES}, got {kv_cache_dtype!r}")
     assert isinstance(dtype, torch.dtype)
     return dtype
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import torch
-
-from qsun.engine.options import EngineOptions, kv_dtype_of
+from qsun.engine.options import EngineOptions, kv_format_of
+from qsun.kv_cache.format import KVFormat
 from qsun.layers.linear import DenseLinear, Linear, QuantLinear, SplitLinear
 from qsun.layers.mlp import GateUpSilu
 from qsun_kernels import explain
 from qsun_kernels.backends.dispatch import requested_backend, select
 from qsun_kernels.backends.problems import (
-    ApplyRopeProblem,
     BackendName,
     PagedAttentionDecodeProblem,
     Problem,
     RmsNormProblem,
+    SampleTokensProblem,
     SiluAndMulProblem,
     WriteKvCacheProblem,
 )
@@ -31,35 +30,43 @@ if TYPE_CHECKING:
 __all__ = ["explain_engine", "operator_problems", "require_operators"]
 
 
-def operator_problems(decode: DecodeModule, block_size: int, kv_dtype: torch.dtype) -> tuple[Problem, ...]:
+def operator_problems(decode: DecodeModule, block_size: int, kv_format: KVFormat) -> tuple[Problem, ...]:
     """What a decode step asks of the operators, beside the linear layers, each problem once."""
     config, dtype, device = decode.config, decode.dtype, decode.device
     q_heads, kv_heads, head_dim = config.num_q_heads, config.num_kv_heads, config.head_dim
     windows = sorted(set(config.windows), key=lambda window: (window is not None, window or 0))
     problems: list[Problem] = [
-        PagedAttentionDecodeProblem(q_heads, kv_heads, head_dim, block_size, window, dtype, kv_dtype, device)
+        PagedAttentionDecodeProblem(
+            *(q_heads, kv_heads, head_dim, block_size, window, dtype, kv_format.dtype, device),
+            kv_scales=kv_format.scales,
+        )
         for window in windows
     ]
     problems += [
-        WriteKvCacheProblem(kv_heads, head_dim, block_size, dtype, kv_dtype, device),
+        WriteKvCacheProblem(
+            *(kv_heads, head_dim, block_size, dtype, kv_format.dtype, device),
+            kv_scales=kv_format.scales,
+            num_q_heads=q_heads,
+            norm=config.qk_norm,
+            rope=True,
+            rotate=kv_format.rotates,
+        ),
         RmsNormProblem(config.hidden_size, False, dtype, device),
         RmsNormProblem(config.hidden_size, True, dtype, device),
-        ApplyRopeProblem(q_heads, kv_heads, head_dim, dtype, device),
         SiluAndMulProblem(config.intermediate_size, dtype, device),
+        SampleTokensProblem(config.vocab_size, dtype, device),
     ]
-    if config.qk_norm:
-        problems.append(RmsNormProblem(head_dim, False, dtype, device))
     return tuple(problems)
 
 
 def require_operators(
-    decode: DecodeModule, block_size: int, kv_dtype: torch.dtype, backend: BackendName | None
+    decode: DecodeModule, block_size: int, kv_format: KVFormat, backend: BackendName | None
 ) -> None:
     """Raise BackendUnavailable, with the reason, for an operator that no allowed backend can run.
 
     Asked when the cache is made, so that it is never found out in the middle of an answer.
     """
-    for problem in operator_problems(decode, block_size, kv_dtype):
+    for problem in operator_problems(decode, block_size, kv_format):
         select(problem, requested_backend(backend))
 
 
@@ -74,8 +81,8 @@ def explain_engine(
 
     workspace: None before the first request.
     """
-    kv_dtype = kv_dtype_of(options.kv_cache_dtype, decode.dtype)
-    lines = [_describe_decode(decode, options.block_size, kv_dtype, options.backend)]
+    kv_format = kv_format_of(options.kv_cache_dtype, decode.dtype, decode.config.head_dim)
+    lines = [_describe_decode(decode, options.block_size, kv_format, options.backend)]
     lines += [f"model {model}" for model in registry] or ["no model yet: add_model"]
     lines += [f"notice: {notice}" for notice in registry.notices]
     if not has_tokenizer:
@@ -83,7 +90,9 @@ def explain_engine(
     if workspace is None:
         lines.append("memory: the cache is made with the first request")
     else:
-        lines.append(f"memory: {workspace.plan}; max_model_len {workspace.limits.max_model_len}")
+        lines.append(
+            f"memory: {workspace.plan}; KV as {kv_format}; max_model_len {workspace.limits.max_model_len}"
+        )
         ahead = (
             "launched ahead of the host" if workspace.overlap else "collected by the call that launched it"
         )
@@ -92,7 +101,7 @@ def explain_engine(
 
 
 def _describe_decode(
-    decode: DecodeModule, block_size: int, kv_dtype: torch.dtype, backend: BackendName | None
+    decode: DecodeModule, block_size: int, kv_format: KVFormat, backend: BackendName | None
 ) -> str:
     """Model, linear layers and operators, a line or more each."""
     config = decode.config
@@ -110,7 +119,7 @@ def _describe_decode(
             f"lm_head, {decode.lm_head_bits} bits" if isinstance(decode.head, QuantLinear) else "lm_head",
             decode.head,
         ),
-        explain(operator_problems(decode, block_size, kv_dtype), backend=backend),
+        explain(operator_problems(decode, block_size, kv_format), backend=backend),
     ]
     return "\n".join(lines)
 

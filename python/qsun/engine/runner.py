@@ -16,12 +16,12 @@ from torch import Tensor
 from qsun.core import Chunk, ForwardContext, PrefillAttention, PrefillChunk, Sequence
 from qsun.engine.cuda_graphs import DecodeGraphs, batch_buckets, bucket_for
 from qsun.engine.decode_inputs import DecodeInputs, Members
-from qsun.engine.device_sampler import sample_tokens
 from qsun.engine.inputs import prefill_inputs
 from qsun.engine.memory import format_bytes
 from qsun.kv_cache.block_tables import blocks_for
+from qsun.kv_cache.format import KVFormat
 from qsun.kv_cache.tensors import KVCache
-from qsun_kernels import use_backend
+from qsun_kernels import sample_tokens, use_backend
 
 if TYPE_CHECKING:
     from qsun.models.decoder import DecoderStack
@@ -207,7 +207,7 @@ def _decode_step(decode: DecodeModule, token_ids: Tensor, ctx: ForwardContext, k
 def step_memory(
     decode: DecodeModule,
     *,
-    kv_dtype: torch.dtype,
+    kv_format: KVFormat,
     block_size: int,
     token_budget: int,
     max_batch_size: int,
@@ -224,7 +224,7 @@ def step_memory(
     length = min(token_budget, max_model_len)
     num_blocks = blocks_for(max_model_len, block_size)
     with running(stream, backend):
-        kv_cache = KVCache.allocate(decode.config, 1, block_size, kv_dtype, device)
+        kv_cache = KVCache.allocate(decode.config, 1, block_size, kv_format, device)
         inputs = DecodeInputs(max_batch_size, 1, block_size, device)
         block_ids = torch.zeros(num_blocks, dtype=torch.int64, device=device)
         chunk = PrefillChunk(0, length, max_model_len - length, block_ids)

@@ -1,10 +1,9 @@
 """From logits to tokens, for a whole batch in which every row has its own parameters.
 
 The order is min_tokens mask, penalties (repetition over prompt and output as in CTRL, Keskar et al. 2019,
-sec. 4.1; frequency and presence over the output), temperature, top-k, top-p, min-p, draw.  The draw takes the
-largest of logit + Gumbel noise (Gumbel-max: Maddison et al., "A* sampling", 2014, sec. 2), and the noise of
-`noise.py` depends on the request's seed, its step and the vocabulary index only.  So a request's draw does
-not depend on which others are in the batch, as long as its logits do not.
+sec. 4.1; frequency and presence over the output), then the operator `sample_tokens`: temperature, top-k,
+top-p, min-p, draw.  Its noise depends on the request's seed, its step and the vocabulary index only.  So a
+request's draw does not depend on which others are in the batch, as long as its logits do not.
 
 Among equally likely tokens the lowest index goes first, everywhere.
 """
@@ -19,9 +18,10 @@ import torch
 from torch import Tensor
 
 from qsun.core import SamplingParams, TokenLogprobs
-from qsun.engine.noise import gumbel_noise, row_key
+from qsun.engine.noise import row_key
+from qsun_kernels import sample_tokens
 
-__all__ = ["SampledTokens", "SamplerRow", "filter_logits", "modify_logits", "needs_host", "sample"]
+__all__ = ["SampledTokens", "SamplerRow", "modify_logits", "needs_host", "sample"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,19 +64,9 @@ def sample(logits: Tensor, rows: Items[SamplerRow]) -> SampledTokens:
     if not rows:
         return SampledTokens([], [], [])
     scores = modify_logits(logits, rows)
-    # NaN propagates through the maximum; +inf or nothing but -inf shows there as well.
-    highest = scores.amax(dim=-1)
-    drawn = [index for index, row in enumerate(rows) if not row.params.greedy]
-    if drawn:
-        index = torch.tensor(drawn, device=logits.device)
-        chosen = [rows[i] for i in drawn]
-        noisy = filter_logits(scores[index], [row.params for row in chosen])
-        keys = torch.tensor([row_key(row.seed, row.step) for row in chosen], device=logits.device)
-        noisy += gumbel_noise(keys, logits.shape[1])
-        scores = noisy if len(drawn) == len(rows) else scores.index_copy(0, index, noisy)
-    tokens = scores.argmax(dim=-1)
+    tokens, valid = sample_tokens(scores, *_settings(rows, logits.device))
     # One copy to the host, which is also where the step waits for the device.
-    token_ids, finite = torch.stack([tokens, torch.isfinite(highest).long()]).tolist()
+    token_ids, finite = torch.stack([tokens, valid.long()]).tolist()
     return SampledTokens(token_ids, [bool(f) for f in finite], _logprobs(logits, token_ids, rows))
 
 
@@ -145,41 +135,15 @@ def _counts(tokens: Items[Items[int]], like: Tensor) -> Tensor:
     return counts
 
 
-def filter_logits(logits: Tensor, params: Items[SamplingParams]) -> Tensor:
-    """Logits over temperature, the largest of each row at 0, with -inf for tokens that must not be drawn.
-
-    logits: float32 (R, V) of rows with a temperature above 0.  Returns a new tensor.
-    """
-    device = logits.device
-    settings = torch.tensor([[p.temperature, p.top_p, p.min_p] for p in params], dtype=torch.float64)
-    temperature, top_p, min_p = settings.to(device)[:, :, None].unbind(dim=1)
-    # Subtracting first keeps a temperature near 0 from making the largest logits infinite, hence equal.
-    scaled = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).float()
-    sorting = [i for i, p in enumerate(params) if p.top_k or p.top_p < 1]
-    if sorting:
-        index = torch.tensor(sorting, device=device)
-        size = logits.shape[1]
-        top_k = torch.tensor([[min(params[i].top_k or size, size)] for i in sorting], device=device)
-        scaled.index_copy_(0, index, _keep_top(scaled[index], top_k, top_p[index]))
-    if any(p.min_p for p in params):
-        # p >= min_p * p_max, in logarithms, where the largest is 0; rounded alike, so that equality counts.
-        scaled.masked_fill_(scaled < min_p.log().float(), float("-inf"))
-    return scaled
-
-
-def _keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Keep the top_k largest, and of these the fewest whose probabilities reach top_p.
-
-    top_k: int64 (R, 1).  top_p: float64 (R, 1).  The rest becomes -inf.
-    """
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(logits.shape[1], device=logits.device)
-    ordered.masked_fill_(rank >= top_k, float("-inf"))
-    probabilities = ordered.double().softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    # `before` of the first is 0 up to rounding, so at least one is always kept.
-    dropped = (before >= top_p) & (rank > 0) & (top_p < 1) | (rank >= top_k)
-    return logits.masked_fill(torch.empty_like(dropped).scatter_(1, order, dropped), float("-inf"))
+def _settings(rows: Items[SamplerRow], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """temperature, top_k, top_p, min_p and keys of the rows, as `sample_tokens` takes them."""
+    shares = [(0.0 if p.greedy else p.temperature, p.top_p, p.min_p) for p in (row.params for row in rows)]
+    temperature, top_p, min_p = torch.tensor(shares, dtype=torch.float32).T.contiguous().to(device).unbind()
+    most = torch.iinfo(torch.int32).max  # more than any vocabulary: all of it
+    counts = [min(row.params.top_k, most) for row in rows]
+    top_k = torch.tensor(counts, dtype=torch.int32, device=device)
+    keys = torch.tensor([row_key(row.seed, row.step) for row in rows], device=device)
+    return temperature, top_k, top_p, min_p, keys
 
 
 def _logprobs(logits: Tensor, token_ids: list[int], rows: Items[SamplerRow]) -> list[TokenLogprobs | None]:

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qsun.kv_cache.tensors import KVCache
+from qsun.kv_cache.format import KVFormat
+from qsun.kv_cache.tensors import CachedBlocks, KVCache
+from qsun_kernels import write_kv_cache
+from qsun_kernels.backends.problems import BackendName
 
 __all__ = ["HostSwap", "SavedKV", "finite_values", "pack_kv"]
 
@@ -19,11 +22,11 @@ logger = logging.getLogger(__name__)
 class SavedKV:
     """KV outside the cache.
 
-    blocks: (num_layers, 2, n, num_kv_heads, block_size, head_dim).  counted: blocks it takes of the swap
-    space; none for KV that came with a request and was never in the cache.
+    counted: blocks it takes of the swap space; none for KV that came with a request and was never in the
+    cache.
     """
 
-    blocks: Tensor
+    blocks: CachedBlocks
     counted: int
 
 
@@ -59,26 +62,64 @@ class HostSwap:
     def restore(self, saved: SavedKV, blocks: list[int]) -> None:
         """Copy saved KV into the first of these blocks; its room is free afterwards, whatever happens."""
         self.used -= saved.counted
-        self._kv_cache.write_blocks(blocks[: saved.blocks.shape[2]], saved.blocks)
+        self._kv_cache.write_blocks(blocks[: len(saved.blocks)], saved.blocks)
 
     def drop(self, saved: SavedKV) -> None:
         """Free the room of saved KV."""
         self.used -= saved.counted
 
 
-def pack_kv(k: Tensor, v: Tensor, block_size: int) -> SavedKV:
+def pack_kv(
+    k: Tensor,
+    v: Tensor,
+    block_size: int,
+    kv_format: KVFormat | None = None,
+    *,
+    device: torch.device | None = None,
+    backend: BackendName | None = None,
+) -> SavedKV:
     """KV of consecutive positions, computed elsewhere, as blocks that `HostSwap.restore` takes.
 
     k, v: (num_layers, T, num_kv_heads, head_dim) on any device, where the copy stays too.  The unused end of
-    the last block is zero.
+    the last block is zero.  kv_format: of the cache; None is that of values of k's dtype.  For a cache of
+    codes they are made on `device` (None: where k is) by `backend`, as they would be made of KV computed
+    there.
     """
     num_layers, length, num_kv_heads, head_dim = k.shape
     num_blocks = -(-length // block_size)
+    if kv_format is not None and kv_format.has_scales:
+        shape = (num_blocks, num_kv_heads, block_size, kv_format.width(head_dim))
+        encoded = [
+            _encode(*pair, shape, kv_format, device or k.device, backend) for pair in zip(k, v, strict=True)
+        ]
+        data, scales = (torch.stack(one) for one in zip(*encoded, strict=True))
+        return SavedKV(CachedBlocks(data, scales), counted=0)
     padded = k.new_zeros((num_layers, 2, num_blocks * block_size, num_kv_heads, head_dim))
     padded[:, 0, :length] = k.detach()
     padded[:, 1, :length] = v.detach()
-    shape = (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim)
-    return SavedKV(padded.view(shape).transpose(3, 4).contiguous(), counted=0)
+    values = padded.view((num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim))
+    return SavedKV(CachedBlocks(values.transpose(3, 4).contiguous()), counted=0)
+
+
+def _encode(
+    k: Tensor,
+    v: Tensor,
+    shape: tuple[int, ...],
+    kv_format: KVFormat,
+    device: torch.device,
+    backend: BackendName | None,
+) -> tuple[Tensor, Tensor]:
+    """One layer's codes (2, *shape) and scales (2, *shape[:3]), on the device of k (T, num_kv_heads, D)."""
+    data = torch.zeros((2, *shape), dtype=kv_format.dtype, device=device)
+    scales = torch.zeros((2, *shape[:3]), device=device)
+    keys, values = (one.detach().to(device).contiguous() for one in (k, v))
+    place = (keys, values, data[0], data[1], torch.arange(k.shape[0], device=device))
+    if kv_format.rotates:
+        # Keys rotate beside queries alone: here beside themselves, and what comes of these is dropped.
+        write_kv_cache(*place, q=keys, rotate=True, k_scale=scales[0], v_scale=scales[1], backend=backend)
+    else:
+        write_kv_cache(*place, k_scale=scales[0], v_scale=scales[1], backend=backend)
+    return data.to(k.device), scales.to(k.device)
 
 
 def finite_values(name: str, values: Tensor) -> str | None:

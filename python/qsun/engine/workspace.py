@@ -9,12 +9,13 @@ import torch
 
 from qsun.engine.intake import Limits
 from qsun.engine.memory import MemoryPlan, plan_memory
-from qsun.engine.options import EngineOptions, kv_dtype_of
+from qsun.engine.options import EngineOptions, kv_format_of
 from qsun.engine.report import require_operators
 from qsun.engine.runner import Runner, step_memory
 from qsun.engine.scheduler import Scheduler
 from qsun.engine.swap import HostSwap
 from qsun.kv_cache.block_tables import BlockTables, blocks_for
+from qsun.kv_cache.format import KVFormat
 from qsun.kv_cache.tensors import KVCache
 
 if TYPE_CHECKING:
@@ -47,21 +48,21 @@ class Workspace:
         Raises ValueError when the memory holds no block, BackendUnavailable when an operator has no backend.
         """
         config, device = decode.config, decode.device
-        kv_dtype = kv_dtype_of(options.kv_cache_dtype, decode.dtype)
-        require_operators(decode, options.block_size, kv_dtype, options.backend)
+        kv_format = kv_format_of(options.kv_cache_dtype, decode.dtype, config.head_dim)
+        require_operators(decode, options.block_size, kv_format, options.backend)
         longest = options.max_model_len or config.max_position_embeddings
         plan = plan_memory(
             options.memory,
             options.swap_memory,
-            bytes_per_block=KVCache.block_bytes(config, options.block_size, kv_dtype),
+            bytes_per_block=KVCache.block_bytes(config, options.block_size, kv_format),
             block_size=options.block_size,
             useful_tokens=options.max_batch_size * longest,
             device=device,
-            reserve=_reserve(decode, options, kv_dtype, longest, stream),
+            reserve=_reserve(decode, options, kv_format, longest, stream),
         )
         if options.max_model_len is None:
             longest = min(longest, plan.num_tokens)
-        kv_cache = KVCache.allocate(config, plan.num_blocks, options.block_size, kv_dtype, device)
+        kv_cache = KVCache.allocate(config, plan.num_blocks, options.block_size, kv_format, device)
         if stream is not None:
             # The cache was zeroed on the caller's stream.
             torch.cuda.current_stream(device).synchronize()
@@ -94,7 +95,7 @@ class Workspace:
 def _reserve(
     decode: DecodeModule,
     options: EngineOptions,
-    kv_dtype: torch.dtype,
+    kv_format: KVFormat,
     longest: int,
     stream: torch.cuda.Stream | None,
 ) -> int:
@@ -103,7 +104,7 @@ def _reserve(
         return 0
     return step_memory(
         decode,
-        kv_dtype=kv_dtype,
+        kv_format=kv_format,
         block_size=options.block_size,
         token_budget=options.prefill_chunk,
         max_batch_size=options.max_batch_size,

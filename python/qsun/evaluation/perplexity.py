@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qsun.core import FirstToken, ForwardContext, PrefillAttention, PrefillChunk
+from qsun.kv_cache.format import KVFormat
 from qsun.kv_cache.tensors import KVCache
 from qsun.models.decoder import DecoderStack
 from qsun.modules.decode import DecodeModule
@@ -40,10 +41,15 @@ def perplexity(losses: Sequence[ResponseLoss]) -> float:
 
 
 def response_losses(
-    decode: DecodeModule, prefill: PrefillModule, examples: Sequence[Example], first_token: FirstToken
+    decode: DecodeModule,
+    prefill: PrefillModule,
+    examples: Sequence[Example],
+    first_token: FirstToken,
+    kv_format: KVFormat | None = None,
 ) -> list[ResponseLoss]:
     """-log p of each response, in the order of the examples.
 
+    kv_format: how keys and values are kept; None is in the dtype of the decode module.
     Raises ValueError when an example is longer than the model is meant for.
     """
     longest = decode.config.max_position_embeddings
@@ -55,7 +61,7 @@ def response_losses(
     found: list[ResponseLoss] = []
     with torch.inference_mode():
         for together in _batches(examples):
-            found.extend(_batch_losses(decode, prefill.stack, together, first_token))
+            found.extend(_batch_losses(decode, prefill.stack, together, first_token, kv_format))
     return found
 
 
@@ -73,10 +79,14 @@ def _batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
 
 
 def _batch_losses(
-    decode: DecodeModule, prefill: DecoderStack, examples: Sequence[Example], first_token: FirstToken
+    decode: DecodeModule,
+    prefill: DecoderStack,
+    examples: Sequence[Example],
+    first_token: FirstToken,
+    kv_format: KVFormat | None,
 ) -> list[ResponseLoss]:
     blocks = [-(-example.num_positions // BLOCK_SIZE) for example in examples]
-    cache = KVCache.allocate(decode.config, sum(blocks), BLOCK_SIZE, decode.dtype, decode.device)
+    cache = KVCache.allocate(decode.config, sum(blocks), BLOCK_SIZE, kv_format or decode.dtype, decode.device)
     first_blocks = [sum(blocks[:index]) for index in range(len(blocks))]
     shared = 1 if first_token == "decode" else 0
     cuts = [len(example.prompt) - shared for example in examples]

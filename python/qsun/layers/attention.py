@@ -7,9 +7,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from qsun.core import DecodeAttention, ForwardContext, PrefillChunk
+from qsun.kv_cache.tensors import LayerKV
 from qsun.layers.linear import Linear
 from qsun.layers.norm import RMSNorm
-from qsun_kernels import apply_rope, paged_attention_decode, write_kv_cache
+from qsun_kernels import paged_attention_decode, write_kv_cache
+from qsun_kernels.backends.reference.kv_codes import dequantize_kv
 
 
 class Attention:
@@ -44,6 +46,10 @@ class Attention:
         k_norm: RMSNorm | None = None,
         window: int | None = None,
     ) -> None:
+        if (q_norm is None) != (k_norm is None):
+            raise ValueError("q_norm and k_norm: one is given, expected both or neither")
+        if q_norm is not None and k_norm is not None and q_norm.eps != k_norm.eps:
+            raise ValueError(f"k_norm has an eps of {k_norm.eps}, expected {q_norm.eps} as q_norm has")
         self.qkv = qkv
         self.o = o
         self.num_q_heads = num_q_heads
@@ -58,37 +64,51 @@ class Attention:
         self,
         x: Tensor,
         ctx: ForwardContext,
-        kv: tuple[Tensor, Tensor],
+        kv: LayerKV,
         cos_sin: Tensor,
         residual: Tensor | None = None,
     ) -> Tensor:
         """x (T, H) -> (T, H); writes the keys and values of these T tokens to the cache on the way.
 
-        kv: this layer's (k_cache, v_cache).  cos_sin: float32 (max_positions, head_dim).  residual: (T, H),
-        added to the output when given.
+        kv: this layer's cache.  cos_sin: float32 (max_positions, head_dim).  residual: (T, H), added to the
+        output when given.
         """
         q, k, v = self._heads(self.qkv(x))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, k, ctx.positions, cos_sin)
-        k_cache, v_cache = kv
-        write_kv_cache(k, v, k_cache, v_cache, ctx.slot_mapping)
+        # Where the cache holds rotated keys, q comes back rotated as well.
+        q = write_kv_cache(
+            k,
+            v,
+            kv.k,
+            kv.v,
+            ctx.slot_mapping,
+            q=q,
+            positions=ctx.positions,
+            cos_sin=cos_sin,
+            q_norm=None if self.q_norm is None else self.q_norm.weight,
+            k_norm=None if self.k_norm is None else self.k_norm.weight,
+            eps=0.0 if self.q_norm is None else self.q_norm.eps,
+            rotate=kv.rotates,
+            k_scale=kv.k_scale,
+            v_scale=kv.v_scale,
+        )
         if isinstance(ctx.attention, DecodeAttention):
             out = paged_attention_decode(
                 q,
-                k_cache,
-                v_cache,
+                kv.k,
+                kv.v,
                 ctx.attention.block_table,
                 ctx.attention.seq_lens,
                 softmax_scale=self.softmax_scale,
                 window=self.window,
+                k_scale=kv.k_scale,
+                v_scale=kv.v_scale,
                 plan=ctx.attention.plans.get(self.window),
             )
         else:
             out = torch.empty_like(q)
             for chunk in ctx.attention.chunks:
                 rows = slice(chunk.start, chunk.start + chunk.length)
-                out[rows] = self._attend_chunk(q[rows], k_cache, v_cache, chunk)
+                out[rows] = self._attend_chunk(q[rows], kv, chunk)
         return self.o(out.view(x.shape[0], self.num_q_heads * self.head_dim), residual)
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,15 +117,17 @@ class Attention:
         q, k, v = qkv.view(qkv.shape[0], sum(sizes), self.head_dim).split(sizes, dim=1)
         return q, k, v
 
-    def _attend_chunk(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, chunk: PrefillChunk) -> Tensor:
-        """Causal attention of a chunk (length, num_q_heads, head_dim) to its sequence's cached tokens."""
+    def _attend_chunk(self, q: Tensor, kv: LayerKV, chunk: PrefillChunk) -> Tensor:
+        """Causal attention of a chunk (length, num_q_heads, head_dim) to its sequence's cached tokens.
+
+        The chunk's own tokens, too, are read from the cache: what becomes of a token does not depend on how
+        its prompt was cut into chunks, not even where the cache rounds to codes.
+        """
         length, total = chunk.length, chunk.context_len + chunk.length
         # The earliest position that the chunk's first token can see; blocks before it are not even read.
         first = 0 if self.window is None else max(0, chunk.context_len - self.window + 1)
-        k = self._gather(k_cache, chunk.block_ids, first, total)
-        v = self._gather(v_cache, chunk.block_ids, first, total)
-        if k.dtype != q.dtype:
-            k, v = k.to(q.dtype), v.to(q.dtype)
+        k = self._gather(kv.k, kv.k_scale, chunk.block_ids, first, total).to(q.dtype)
+        v = self._gather(kv.v, kv.v_scale, chunk.block_ids, first, total).to(q.dtype)
         # The query heads of a group share keys and values: as further query rows they need no copy of them.
         group = self.num_q_heads // self.num_kv_heads
         grouped = q.view(length, self.num_kv_heads, group, self.head_dim).permute(1, 2, 0, 3)
@@ -119,14 +141,22 @@ class Attention:
         out = out.view(self.num_kv_heads, group, length, self.head_dim).permute(2, 0, 1, 3)
         return out.reshape(length, self.num_q_heads, self.head_dim)
 
-    def _gather(self, cache: Tensor, block_ids: Tensor, first: int, total: int) -> Tensor:
+    def _gather(
+        self, cache: Tensor, scale: Tensor | None, block_ids: Tensor, first: int, total: int
+    ) -> Tensor:
         """Tokens first..total-1 of a sequence, (1, num_kv_heads, total - first, head_dim).
 
         Slots past `total` may hold anything, not-a-number included, so they are cut off rather than masked.
         """
         block_size = cache.shape[2]
         skipped = first // block_size
-        blocks = cache[block_ids[skipped : -(-total // block_size)]]
+        ids = block_ids[skipped : -(-total // block_size)]
+        if scale is None:
+            blocks = cache[ids]
+        else:
+            # torch moves bytes about where it does not move float8.
+            codes = cache.view(torch.uint8)[ids].view(cache.dtype)
+            blocks = dequantize_kv(codes, scale[ids])
         tokens = blocks.transpose(0, 1).reshape(1, self.num_kv_heads, -1, self.head_dim)
         return tokens[:, :, first - skipped * block_size : total - skipped * block_size]
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from qsun.core import DecodeAttention, ForwardContext
-from qsun.kv_cache.tensors import KVCache
+from qsun.kv_cache.tensors import KVCache, LayerKV
 from qsun.layers.attention import Attention
 from qsun.layers.mlp import GatedMLP
 from qsun.layers.norm import RMSNorm
@@ -34,7 +34,7 @@ class DecoderLayer:
         x: Tensor | None,
         residual: Tensor | None,
         ctx: ForwardContext,
-        kv: tuple[Tensor, Tensor],
+        kv: LayerKV,
         cos_sin: Tensor,
     ) -> tuple[Tensor | None, Tensor]:
         """x (T, H) is the last layer's output, not yet added to the residual stream (T, H).
@@ -83,8 +83,8 @@ class DecoderStack:
             ctx = replace(ctx, attention=self._planned(ctx.attention, hidden, kv_cache))
         residual: Tensor | None = None
         x: Tensor | None = hidden
-        for layer, kv in zip(self.layers, kv_cache.layers, strict=True):
-            x, residual = layer(x, residual, ctx, kv, self.cos_sin)
+        for index, layer in enumerate(self.layers):
+            x, residual = layer(x, residual, ctx, kv_cache.layer(index), self.cos_sin)
         return self.norm.add(x, residual)[0]
 
     __call__ = forward
@@ -92,16 +92,15 @@ class DecoderStack:
     def _planned(self, attention: DecodeAttention, hidden: Tensor, kv_cache: KVCache) -> DecodeAttention:
         """With a plan for each window that layers have: lengths are the same in every layer."""
         config = self.config
-        k_cache, _ = kv_cache.layers[0]
         plans = {
             window: plan_paged_attention(
                 attention.seq_lens,
                 num_q_heads=config.num_q_heads,
                 num_kv_heads=config.num_kv_heads,
                 head_dim=config.head_dim,
-                block_size=k_cache.shape[2],
+                block_size=kv_cache.block_size,
                 dtype=hidden.dtype,
-                kv_dtype=k_cache.dtype,
+                kv_dtype=kv_cache.dtype,
                 window=window,
             )
             for window in dict.fromkeys(config.windows)

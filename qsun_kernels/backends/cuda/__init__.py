@@ -2,8 +2,10 @@
 
     library    the binding, what it was built for, why it cannot run here; what launchers share
     linear     wna16_linear, wna16_gate_up_silu, dequantize
-    attention  paged_attention_decode, write_kv_cache
+    attention  paged_attention_decode
+    write_kv_cache
     fused      rms_norm, silu_and_mul, apply_rope
+    sampling   sample_tokens
 
 Launchers take arguments that the operators have validated, allocate the outputs (and scratch, where a kernel
 needs some) with torch, and pass addresses, sizes and the current stream on. They never synchronise, so CUDA
@@ -15,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from qsun_kernels.backends.cuda import attention, fused, linear
+from qsun_kernels.backends.cuda import attention, fused, linear, sampling, write_kv_cache
 from qsun_kernels.backends.cuda.library import always, build_info, covers, unavailable
 from qsun_kernels.backends.problems import (
     AttentionImplementation,
@@ -46,9 +48,7 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
             attention.plan_paged_attention,
         ),
         "write_kv_cache": Implementation(
-            attention.supports_write,
-            attention.write_kv_cache,
-            always("write_kv_cache: a thread copies 16 bytes of k and of v, or one element where unaligned"),
+            write_kv_cache.supports, write_kv_cache.write_kv_cache, write_kv_cache.describe
         ),
         "rms_norm": Implementation(fused.supports_rms_norm, fused.rms_norm, fused.describe_rms_norm),
         "silu_and_mul": Implementation(
@@ -58,6 +58,9 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
         ),
         "apply_rope": Implementation(
             fused.supports_rope, fused.apply_rope, always("apply_rope: queries and keys in one launch")
+        ),
+        "sample_tokens": Implementation(
+            sampling.supports_sampling, sampling.sample_tokens, sampling.describe_sampling
         ),
     }
 )

@@ -1,42 +1,88 @@
-"""paged_attention_decode and write_kv_cache on the CUDA library."""
+"""paged_attention_decode on the CUDA library."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qsun_kernels.backends.cuda import library
-from qsun_kernels.backends.problems import PagedAttentionDecodeProblem, WriteKvCacheProblem
+from qsun_kernels.backends.problems import KvScales, PagedAttentionDecodeProblem
+
+_WHOLE_GROUP = {64: 16, 128: 16, 256: 8}
+"""Query heads a key head that the kernels of codes take with every q_len, by head_dim."""
 
 
 def supports_attention(problem: PagedAttentionDecodeProblem) -> str | None:
-    if problem.kv_dtype != problem.dtype:
-        return f"kv_dtype is {problem.kv_dtype}, expected that of q ({problem.dtype})"
-    if problem.head_dim % 8 or problem.head_dim > 256:
-        return f"head_dim is {problem.head_dim}, expected a multiple of 8, at most 256"
     size = problem.block_size
     if not 8 <= size <= 65536 or size & (size - 1):
         return f"block_size is {size}, expected a power of two from 8 to 65536"
+    if problem.kv_scales != "none":
+        return _supports_codes(problem)
+    if problem.kv_dtype != problem.dtype:
+        return f"kv_dtype is {problem.kv_dtype}, expected that of q ({problem.dtype}) or codes with scales"
+    if problem.head_dim % 8 or problem.head_dim > 256:
+        return f"head_dim is {problem.head_dim}, expected a multiple of 8, at most 256"
     return library.refuse(problem.device, dtype=problem.dtype)
+
+
+def _supports_codes(problem: PagedAttentionDecodeProblem) -> str | None:
+    codes = problem.kv_dtype
+    if problem.dtype == torch.float32:
+        return f"dtype is {problem.dtype}, expected a dtype of 16 bits beside a cache of {codes}"
+    if problem.head_dim not in _WHOLE_GROUP:
+        expected = ", ".join(map(str, _WHOLE_GROUP))
+        return f"head_dim is {problem.head_dim}, expected one of {expected} for a cache of {codes}"
+    if problem.block_size < 16:
+        return f"block_size is {problem.block_size}, expected at least 16 for a cache of {codes}"
+    group = problem.num_q_heads // problem.num_kv_heads
+    if group > _WHOLE_GROUP[problem.head_dim]:
+        return (
+            f"{group} query heads share a key head, expected at most {_WHOLE_GROUP[problem.head_dim]} "
+            f"for a cache of {codes} with head_dim {problem.head_dim}"
+        )
+    reason = library.refuse(problem.device, dtype=problem.dtype)
+    if reason is None and _choose(problem) is None:
+        return f"two steps of {codes} with head_dim {problem.head_dim} do not fit a block's shared memory"
+    return reason
 
 
 def describe_attention(problem: PagedAttentionDecodeProblem) -> str:
     group = problem.num_q_heads // problem.num_kv_heads
-    index = problem.device.index
-    sizes = (
-        *(1, 1, problem.num_q_heads, problem.num_kv_heads, problem.head_dim, problem.block_size),
-        *(0, -1 if problem.window is None else problem.window, library.DTYPE_CODES[problem.dtype]),
-        library.device_props(torch.cuda.current_device() if index is None else index),
-    )
-    config = library.binding.choose_paged_attention_decode(*sizes)
+    config = _choose(problem)
+    if config is not None and problem.kv_scales != "none":
+        return f"paged_attention_codes: {group} query heads in tensor-core tiles of 8, codes in registers"
     if config is not None:
         rows = "16 query rows a warp" if group > 16 else f"{group} query heads in a tensor-core tile of 16"
         return f"paged_attention_tiles: {rows}, all lengths cut into equal parts"
-    tile = library.binding.choose_paged_attention_split(*sizes).head_tile
+    tile = library.binding.choose_paged_attention_split(*_sizes(problem)).head_tile
     return f"paged_attention_split: query heads in tiles of {tile}, lengths cut by batch size, then combined"
+
+
+def _choose(problem: PagedAttentionDecodeProblem) -> library.binding.PagedAttentionDecodeConfig | None:
+    """How one token of one request would run; None where the kernel without a plan serves it."""
+    return library.binding.choose_paged_attention_decode(*_sizes(problem))
+
+
+def _sizes(problem: PagedAttentionDecodeProblem) -> tuple[Any, ...]:
+    index = problem.device.index
+    return (
+        *(1, 1, problem.num_q_heads, problem.num_kv_heads, problem.head_dim, problem.block_size),
+        *(0, -1 if problem.window is None else problem.window, *_kind(problem)),
+        library.device_props(torch.cuda.current_device() if index is None else index),
+    )
+
+
+def _kind(problem: PagedAttentionDecodeProblem) -> tuple[int, int, int]:
+    """dtype, kv_dtype and kv_scales as the binding takes them."""
+    return (
+        library.DTYPE_CODES[problem.dtype],
+        library.CACHE_DTYPE_CODES[problem.kv_dtype],
+        library.SCALES_CODES[problem.kv_scales],
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +105,14 @@ def _launch_of(
     max_blocks: int,
     window: int,
     dtype: int,
+    kv_dtype: int,
+    kv_scales: int,
     device: int,
     config: library.binding.PagedAttentionDecodeConfig | None,
 ) -> _Launch:
     sizes = (
-        *(batch, q_len, num_q_heads, num_kv_heads, head_dim, block_size, max_blocks, window, dtype),
+        *(batch, q_len, num_q_heads, num_kv_heads, head_dim, block_size, max_blocks, window),
+        *(dtype, kv_dtype, kv_scales),
         library.device_props(device),
     )
     if config is None:
@@ -94,7 +143,7 @@ def plan_paged_attention(
         problem.head_dim,
         problem.block_size,
         -1 if window is None else window,
-        library.DTYPE_CODES[problem.dtype],
+        _kind(problem),
         config,
     )
 
@@ -107,7 +156,7 @@ def _plan(
     head_dim: int,
     block_size: int,
     window: int,
-    dtype: int,
+    kind: tuple[int, int, int],
     config: library.binding.PagedAttentionDecodeConfig | None,
 ) -> tuple[Tensor, ...]:
     batch = seq_lens.shape[0]
@@ -115,7 +164,7 @@ def _plan(
         return ()
     device = seq_lens.get_device()
     sizes = (batch, q_len, num_q_heads, num_kv_heads, head_dim, block_size)
-    launch = _launch_of(*sizes, 0, window, dtype, device, config)
+    launch = _launch_of(*sizes, 0, window, *kind, device, config)
     if launch.plan_bytes == 0:
         return ()
     plan = torch.empty(launch.plan_bytes // 4, dtype=torch.int32, device=seq_lens.device)
@@ -126,7 +175,7 @@ def _plan(
         launch.plan_bytes,
         *sizes,
         window,
-        dtype,
+        *kind,
         device,
         library.stream(device),
     )
@@ -145,6 +194,8 @@ def paged_attention_decode(
     sinks: Tensor | None = None,
     out: Tensor | None = None,
     plan: tuple[Tensor, ...] | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     config: library.binding.PagedAttentionDecodeConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out (B * q_len, Hq, D), into `out` when that is given, and lse (B * q_len, Hq).
@@ -161,10 +212,10 @@ def paged_attention_decode(
         return out, lse
     q_len = rows // batch
     device = q.get_device()
-    dtype = library.DTYPE_CODES[q.dtype]
+    kind = _kind_of(q, k_cache, k_scale)
     last = -1 if window is None else window
     sizes = (batch, q_len, num_q_heads, num_kv_heads, head_dim)
-    launch = _launch_of(*sizes, block_size, max_blocks, last, dtype, device, config)
+    launch = _launch_of(*sizes, block_size, max_blocks, last, *kind, device, config)
     result = out
     if launch.plan_bytes:
         # The planned kernel reads pairs and stores 8 bytes: views at odd places are copied.
@@ -173,7 +224,7 @@ def paged_attention_decode(
         if out.data_ptr() % 8:
             result = torch.empty_like(out)
     if plan is None:
-        plan = _plan(seq_lens, q_len, num_q_heads, num_kv_heads, head_dim, block_size, last, dtype, config)
+        plan = _plan(seq_lens, q_len, num_q_heads, num_kv_heads, head_dim, block_size, last, kind, config)
     scratch = None
     if launch.scratch_bytes:
         scratch = torch.empty(launch.scratch_bytes // 4, dtype=torch.float32, device=q.device)
@@ -182,6 +233,8 @@ def paged_attention_decode(
         q.data_ptr(),
         k_cache.data_ptr(),
         v_cache.data_ptr(),
+        library.address(k_scale),
+        library.address(v_scale),
         block_table.data_ptr(),
         seq_lens.data_ptr(),
         library.address(sinks),
@@ -200,36 +253,15 @@ def paged_attention_decode(
         last,
         softmax_scale,
         0.0 if softcap is None else softcap,
-        dtype,
+        *kind,
         device,
         library.stream(device),
     )
     return (out if result is out else out.copy_(result)), lse
 
 
-def supports_write(problem: WriteKvCacheProblem) -> str | None:
-    if problem.kv_dtype != problem.dtype:
-        return f"kv_dtype is {problem.kv_dtype}, expected that of k and v ({problem.dtype})"
-    return library.refuse(problem.device, dtype=problem.dtype)
-
-
-def write_kv_cache(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    num_tokens, num_kv_heads, head_dim = k.shape
-    device = k.get_device()
-    library.binding.write_kv_cache(
-        k.data_ptr(),
-        v.data_ptr(),
-        k_cache.data_ptr(),
-        v_cache.data_ptr(),
-        slot_mapping.data_ptr(),
-        num_tokens,
-        num_kv_heads,
-        head_dim,
-        k_cache.shape[0],
-        k_cache.shape[2],
-        k.stride(0),
-        v.stride(0),
-        library.DTYPE_CODES[k.dtype],
-        device,
-        library.stream(device),
-    )
+def _kind_of(q: Tensor, k_cache: Tensor, k_scale: Tensor | None) -> tuple[int, int, int]:
+    """The same as `_kind`, of a call."""
+    scales: KvScales = "none" if k_scale is None else "tensor" if k_scale.dim() == 1 else "token"
+    dtypes = library.DTYPE_CODES[q.dtype], library.CACHE_DTYPE_CODES[k_cache.dtype]
+    return (*dtypes, library.SCALES_CODES[scales])

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qsun_kernels.backends.problems import KvScales
+
 try:
     import qsun_kernels._C as binding
 except ImportError as error:
@@ -25,7 +27,9 @@ else:
     _import_error = None
 
 __all__ = [
+    "CACHE_DTYPE_CODES",
     "DTYPE_CODES",
+    "SCALES_CODES",
     "address",
     "always",
     "binding",
@@ -40,7 +44,18 @@ __all__ = [
 ]
 
 DTYPE_CODES: Mapping[torch.dtype, int] = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-"""qsun::DType in csrc/include/qsun/types.h."""
+"""qsun::DType in csrc/include/qsun/types.h, of values."""
+
+CACHE_DTYPE_CODES: Mapping[torch.dtype, int] = {
+    **DTYPE_CODES,
+    torch.float8_e4m3fn: 3,
+    torch.int8: 4,
+    torch.uint8: 5,
+}
+"""The same, of KV caches; torch.uint8 holds pairs of 4-bit codes."""
+
+SCALES_CODES: Mapping[KvScales, int] = {"none": 0, "tensor": 1, "token": 2}
+"""qsun::KvScales in csrc/include/qsun/types.h."""
 
 _BUILD_RECORD = Path(__file__).parents[2] / "_build_info.json"
 

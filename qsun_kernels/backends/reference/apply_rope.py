@@ -27,13 +27,14 @@ def run(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tenso
     A position outside the table raises IndexError on the CPU, and fails the device assertion of torch on a
     GPU.
     """
+    return turn(q, positions, cos_sin), turn(k, positions, cos_sin)
+
+
+def turn(heads: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
+    """One of q and k: heads (T, H, D), turned, contiguous."""
     # index_select refuses what indexing would wrap around: a negative position is an error, not the table's
     # end.
     cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
-    return _rotate(q, cos, sin), _rotate(k, cos, sin)
-
-
-def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = heads.float().chunk(2, dim=-1)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return turned.to(heads.dtype)

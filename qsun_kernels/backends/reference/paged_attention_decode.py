@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from qsun_kernels.backends.problems import AttentionImplementation, PagedAttentionDecodeProblem
-from qsun_kernels.backends.reference.dtypes import refuse_dtypes
+from qsun_kernels.backends.reference.dtypes import refuse_cache, refuse_dtypes
+from qsun_kernels.backends.reference.kv_codes import dequantize_kv
 
 
 def supports(problem: PagedAttentionDecodeProblem) -> str | None:
-    """Every shape, group of heads and window, on every device."""
-    return refuse_dtypes(dtype=problem.dtype, kv_dtype=problem.kv_dtype)
+    """Every shape, group of heads, window and cache, on every device."""
+    return refuse_dtypes(dtype=problem.dtype) or refuse_cache(problem.kv_dtype, problem.kv_scales)
 
 
 def describe(problem: PagedAttentionDecodeProblem) -> str:
@@ -28,6 +29,26 @@ def plan(
 ) -> tuple[Tensor, ...]:
     """Nothing: requests are taken one by one."""
     return ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Cache:
+    """Keys or values in blocks, and their scales if they are codes."""
+
+    blocks: Tensor
+    scale: Tensor | None
+
+    def tokens(self, blocks: Tensor) -> Tensor:
+        """The tokens of some blocks in order, float32 (Hkv, len(blocks) * block_size, D), a copy."""
+        scale = self.scale
+        if scale is not None and scale.shape != (1,):
+            scale = scale.index_select(0, blocks)
+        if self.blocks.dtype == torch.float8_e4m3fn:
+            # torch moves bytes about where it does not move float8.
+            chosen = self.blocks.view(torch.uint8).index_select(0, blocks).view(torch.float8_e4m3fn)
+        else:
+            chosen = self.blocks.index_select(0, blocks)
+        return dequantize_kv(chosen, scale).transpose(0, 1).flatten(1, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +108,17 @@ def run(
     sinks: Tensor | None = None,
     out: Tensor | None = None,
     plan: tuple[Tensor, ...] | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of each request's last tokens to its cached ones, and the logarithm of the softmax's
     denominator.
 
-    q (B * q_len, Hq, D); caches (num_blocks, Hkv, block_size, D); block_table int32 (B, max_blocks); seq_lens
-    int32 (B,); sinks float32 (Hq,); out as q or None. With s[t] = softmax_scale * q . k[t], capped to
-    softcap * tanh(s[t] / softcap), over the positions t that a token sees:
+    q (B * q_len, Hq, D); caches (num_blocks, Hkv, block_size, D), or D / 2 for 4-bit codes; scales
+    (num_blocks, Hkv, block_size), (1,) or None; block_table int32 (B, max_blocks); seq_lens int32 (B,); sinks
+    float32 (Hq,); out as q or None. k and v are code * scale, rounded to float32, where there are scales.
+    With s[t] = softmax_scale * q . k[t], capped to softcap * tanh(s[t] / softcap), over the positions t that
+    a token sees:
 
         lse = log(sum_t exp(s[t]) + exp(sink)),    out = sum_t exp(s[t] - lse) v[t]
 
@@ -117,8 +142,8 @@ def run(
     attend = _attend_by_host if q.device.type == "cpu" else _attend_by_device
     attend(
         queries,
-        k_cache,
-        v_cache,
+        _Cache(k_cache, k_scale),
+        _Cache(v_cache, v_scale),
         block_table,
         seq_lens,
         _Scoring(softmax_scale, window, softcap, sinks),
@@ -130,8 +155,8 @@ def run(
 
 def _attend_by_host(
     queries: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: _Cache,
+    v_cache: _Cache,
     block_table: Tensor,
     seq_lens: Tensor,
     scoring: _Scoring,
@@ -139,7 +164,7 @@ def _attend_by_host(
     lse: Tensor,
 ) -> None:
     """Read the lengths, and gather for each request exactly the tokens that it attends to."""
-    block_size, q_len = k_cache.shape[2], queries.shape[1]
+    block_size, q_len = k_cache.blocks.shape[2], queries.shape[1]
     capacity = block_table.shape[1] * block_size
     for request, length in enumerate(_host_lengths(seq_lens, capacity)):
         if length == 0:
@@ -148,15 +173,15 @@ def _attend_by_host(
         first = start // block_size
         blocks = block_table[request, first : -(-length // block_size)]
         span = slice(start - first * block_size, length - first * block_size)
-        keys, values = _gather(k_cache, blocks)[:, span], _gather(v_cache, blocks)[:, span]
+        keys, values = k_cache.tokens(blocks)[:, span], v_cache.tokens(blocks)[:, span]
         positions = torch.arange(start, length)
         out[request], lse[request] = scoring.softmax(queries[request], keys, values, positions, length)
 
 
 def _attend_by_device(
     queries: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: _Cache,
+    v_cache: _Cache,
     block_table: Tensor,
     seq_lens: Tensor,
     scoring: _Scoring,
@@ -164,7 +189,7 @@ def _attend_by_device(
     lse: Tensor,
 ) -> None:
     """Leave the lengths where they are: gather whole rows of the table, mask what a request cannot see."""
-    block_size, q_len = k_cache.shape[2], queries.shape[1]
+    block_size, q_len = k_cache.blocks.shape[2], queries.shape[1]
     positions = torch.arange(block_table.shape[1] * block_size, device=out.device)
     for request in range(out.shape[0]):
         length = seq_lens[request]
@@ -173,9 +198,9 @@ def _attend_by_device(
             read &= positions > length - q_len - scoring.window
         # Block ids past the length mean nothing, so they are not followed.
         blocks = block_table[request].where(positions[::block_size] < length, 0)
-        keys = _gather(k_cache, blocks)
+        keys = k_cache.tokens(blocks)
         # Unwritten slots may hold NaN, and 0 * NaN would reach the sum.
-        values = _gather(v_cache, blocks).masked_fill_(~read[:, None], 0.0)
+        values = v_cache.tokens(blocks).masked_fill_(~read[:, None], 0.0)
         out[request], lse[request] = scoring.softmax(queries[request], keys, values, positions, length)
 
 
@@ -189,12 +214,6 @@ def _host_lengths(seq_lens: Tensor, capacity: int) -> list[int]:
                 f"expected 0..{capacity} (the tokens that a row of block_table holds)"
             )
     return lengths
-
-
-def _gather(cache: Tensor, blocks: Tensor) -> Tensor:
-    """The tokens of some blocks in order, float32 (Hkv, len(blocks) * block_size, D), a copy."""
-    tokens = cache.index_select(0, blocks).transpose(0, 1)
-    return tokens.reshape(cache.shape[1], -1, cache.shape[3]).float()
 
 
 IMPLEMENTATION = AttentionImplementation(supports=supports, run=run, describe=describe, plan=plan)

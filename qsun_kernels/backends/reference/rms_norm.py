@@ -26,12 +26,13 @@ def run(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tenso
     overflow, and y becomes zero, from magnitudes of about 1e19 on, which only float32 and bfloat16 can hold.
     """
     if residual is None:
-        return _normalise(x, weight, eps)
+        return normalize(x, weight, eps)
     r = x + residual
-    return _normalise(r, weight, eps), r
+    return normalize(r, weight, eps), r
 
 
-def _normalise(r: Tensor, weight: Tensor, eps: float) -> Tensor:
+def normalize(r: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The norm of r (..., H), to which a residual has been added already."""
     r32 = r.float()
     # The root of one number a row, in float64: a GPU's float32 rsqrt is off by more than rounding.
     scale = r32.square().mean(-1, keepdim=True).double().add_(eps).rsqrt_().float()

@@ -24,6 +24,7 @@ def _import() -> tuple[Mapping[str, Implementation], str | None]:
     from qsun_kernels.backends.triton.dequantize import DEQUANTIZE
     from qsun_kernels.backends.triton.paged_attention_decode import PAGED_ATTENTION_DECODE
     from qsun_kernels.backends.triton.rms_norm import RMS_NORM
+    from qsun_kernels.backends.triton.sample_tokens import SAMPLE_TOKENS
     from qsun_kernels.backends.triton.silu_and_mul import SILU_AND_MUL
     from qsun_kernels.backends.triton.wna16_gate_up_silu import WNA16_GATE_UP_SILU
     from qsun_kernels.backends.triton.wna16_linear import WNA16_LINEAR
@@ -34,6 +35,7 @@ def _import() -> tuple[Mapping[str, Implementation], str | None]:
         "dequantize": DEQUANTIZE,
         "paged_attention_decode": PAGED_ATTENTION_DECODE,
         "rms_norm": RMS_NORM,
+        "sample_tokens": SAMPLE_TOKENS,
         "silu_and_mul": SILU_AND_MUL,
         "wna16_gate_up_silu": WNA16_GATE_UP_SILU,
         "wna16_linear": WNA16_LINEAR,

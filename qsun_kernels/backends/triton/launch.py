@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from qsun_kernels.backends.problems import KV_SCALES, KvScales
 from qsun_kernels.backends.triton.numerics import INTERPRETED, to_float32
 from qsun_kernels.errors import KernelLaunchError
 
@@ -56,6 +57,20 @@ def refuse(device: torch.device, **dtypes: torch.dtype) -> str | None:
         major, minor = capability
         return f"{device} is sm_{major}{minor}, expected sm_80 or newer"
     return None
+
+
+def refuse_cache(kv_dtype: torch.dtype, kv_scales: KvScales) -> str | None:
+    """Why there is no KV cache of this dtype with these scales; None when there is."""
+    if kv_dtype not in KV_SCALES:
+        return f"kv_dtype is {kv_dtype}, expected one of {', '.join(map(str, KV_SCALES))}"
+    if kv_scales not in KV_SCALES[kv_dtype]:
+        return f"kv_scales is {kv_scales}, expected {' or '.join(KV_SCALES[kv_dtype])} for {kv_dtype}"
+    return None
+
+
+def converts_float8(device: torch.device) -> bool:
+    """Whether the device has instructions that convert float8_e4m3fn."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 @lru_cache(maxsize=64)

@@ -29,6 +29,7 @@ from qsun_kernels.backends.triton.dependent_launch import (
     let_next_kernel_start,
     wait_for_earlier_kernels,
 )
+from qsun_kernels.backends.triton.kv_codes import FORMATS
 from qsun_kernels.backends.triton.launch import Launching, multiprocessors, next_power_of_two
 from qsun_kernels.backends.triton.numerics import loop_bound
 
@@ -51,16 +52,25 @@ _BLOCK = 1024
 """Requests that are summed at once."""
 
 
+def multiplies_in_16_bits(dtype: torch.dtype, kv_dtype: torch.dtype) -> bool:
+    """Whether tensor cores multiply q with the cache: codes take the dtype of q, numbers have their own."""
+    return dtype != torch.float32 and (kv_dtype == dtype or kv_dtype in FORMATS)
+
+
 def choose_tile(head_dim: int, dtype: torch.dtype, kv_dtype: torch.dtype, rows: int) -> int:
     """Positions of a tile: 16 to 128. rows: query rows of a program (`choose_rows`)."""
     width = max(16, next_power_of_two(head_dim))
-    if dtype != kv_dtype or dtype == torch.float32:
+    if not multiplies_in_16_bits(dtype, kv_dtype):
         # Products of float32 run without tensor cores and hold their operands in registers; two different
         # dtypes meet in float32.
         return max(16, min(128, TILE_VALUES // 4 // width))
     tile = min(128, TILE_VALUES // width)
     # Query rows stay in registers: beside many of them the scores of a whole tile would spill.
-    return tile if rows <= 16 else min(tile, TILE_VALUES // 2 // min(width, 128))
+    if rows <= 16:
+        return tile
+    # Codes are there a second time, unpacked.
+    most = 32 if kv_dtype in FORMATS else tile
+    return min(tile, most, TILE_VALUES // 2 // min(width, 128))
 
 
 def choose_rows(rows: int) -> int:

@@ -87,6 +87,7 @@ def test_a_seed_repeats(checkpoints, capsys: pytest.CaptureFixture[str]) -> None
         (["--model", "x", "--prompt", "base:a", "--group-size", "96"], "got '96', expected auto, 32"),
         (["--model", "x", "--prompt", "base:a", "--device", "tpu"], "got 'tpu', expected cpu, cuda"),
         (["--model", "x", "--prompt", "base:a", "--max-batch-size", "0"], "max_batch_size"),
+        (["--model", "x", "--prompt", "base:a", "--kv-cache-dtype", "int5"], "invalid choice: 'int5'"),
     ],
 )
 def test_usage_errors(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

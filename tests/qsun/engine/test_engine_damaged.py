@@ -227,8 +227,14 @@ BAD_OPTIONS = {
     ),
     "a backend of nobody": (dict(backend="abacus"), "backend must be one of None, 'cuda', .* got 'abacus'"),
     "graphs of nobody": (dict(cuda_graphs=True), "cuda_graphs must be one of .* got True"),
-    "an integer cache": (dict(kv_cache_dtype=torch.int8), "kv_cache_dtype must be 'auto' .* got torch.int8"),
-    "an unknown dtype": (dict(kv_cache_dtype="float7"), "kv_cache_dtype must be 'auto' .* got 'float7'"),
+    "an integer cache": (
+        dict(kv_cache_dtype=torch.int8),
+        "kv_cache_dtype must be one of 'auto', .* got torch.int8",
+    ),
+    "an unknown dtype": (
+        dict(kv_cache_dtype="float7"),
+        "kv_cache_dtype must be one of 'auto', .* got 'float7'",
+    ),
 }
 
 

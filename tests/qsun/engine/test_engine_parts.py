@@ -12,10 +12,12 @@ from qsun.core import Chunk, Request, SamplingParams, Sequence
 from qsun.engine.cuda_graphs import batch_buckets, bucket_for
 from qsun.engine.inputs import prefill_inputs
 from qsun.engine.memory import format_bytes, parse_memory, plan_memory
-from qsun.engine.options import kv_dtype_of
+from qsun.engine.options import kv_format_of
 from qsun.engine.runner import Runner
 from qsun.engine.swap import HostSwap, pack_kv
-from qsun.kv_cache.tensors import KVCache
+from qsun.kv_cache.format import KVFormat
+from qsun.kv_cache.tensors import CachedBlocks, KVCache
+from qsun_kernels import write_kv_cache
 
 CPU = torch.device("cpu")
 
@@ -72,10 +74,26 @@ def test_bytes_for_a_reader() -> None:
     ]
 
 
-def test_cache_dtypes() -> None:
-    assert kv_dtype_of("auto", torch.bfloat16) is torch.bfloat16
-    assert kv_dtype_of("float16", torch.bfloat16) is torch.float16
-    assert kv_dtype_of(torch.float32, torch.bfloat16) is torch.float32
+def test_cache_formats() -> None:
+    assert kv_format_of("auto", torch.bfloat16, 80) == KVFormat(torch.bfloat16, torch.bfloat16)
+    assert kv_format_of("float16", torch.bfloat16, 80) == KVFormat(torch.float16, torch.float16)
+    assert kv_format_of(torch.float32, torch.bfloat16, 80) == KVFormat(torch.float32, torch.float32)
+    assert kv_format_of("fp8", torch.bfloat16, 80) == KVFormat(torch.float8_e4m3fn, torch.bfloat16)
+    assert kv_format_of("int8", torch.float16, 80) == KVFormat(torch.int8, torch.float16)
+    assert kv_format_of("int4", torch.bfloat16, 64) == KVFormat(torch.uint8, torch.bfloat16, rotates=True)
+    assert [str(kv_format_of(name, torch.bfloat16, 128)) for name in ("auto", "fp8", "int8", "int4")] == [
+        "bfloat16",
+        "fp8",
+        "int8",
+        "int4, rotated",
+    ]
+
+
+@pytest.mark.damaged
+def test_heads_that_cannot_be_rotated_are_no_4_bit_codes() -> None:
+    message = "kv_cache_dtype is 'int4', .* head_dim is 96; expected a power of two, or another .*'int8'"
+    with pytest.raises(ValueError, match=message):
+        kv_format_of("int4", torch.bfloat16, 96)
 
 
 @pytest.mark.parametrize(
@@ -111,14 +129,14 @@ def kv_cache(decode_module) -> KVCache:
 def test_swap_space_moves_blocks_and_counts(kv_cache) -> None:
     swap = HostSwap(kv_cache, 3)
     content = torch.randn(3, 2, 2, 2, 4, 16)
-    kv_cache.write_blocks([5, 1], content)
+    kv_cache.write_blocks([5, 1], CachedBlocks(content))
     saved = swap.save([5, 1])
     assert saved is not None and swap.used == 2
     assert swap.has_room(1) and not swap.has_room(2) and swap.save([2, 3]) is None and swap.used == 2
     swap.restore(saved, [7, 8, 9])  # one block more than was saved: room for what comes next
     assert swap.used == 0
-    assert torch.equal(kv_cache.read_blocks([7, 8]), content)
-    assert kv_cache.read_blocks([9]).isnan().all()
+    assert torch.equal(kv_cache.read_blocks([7, 8]).data, content)
+    assert kv_cache.read_blocks([9]).data.isnan().all()
     saved = swap.save([7])
     swap.drop(saved)
     assert swap.used == 0
@@ -144,7 +162,7 @@ def test_a_negative_swap_space_is_refused(kv_cache) -> None:
 def test_given_kv_is_packed_into_blocks(kv_cache, length: int) -> None:
     k, v = torch.randn(2, 3, length, 2, 16).requires_grad_()
     saved = pack_kv(k, v, 4)
-    assert saved.counted == 0 and not saved.blocks.requires_grad
+    assert saved.counted == 0 and not saved.blocks.data.requires_grad
     blocks = [3, 10][: -(-length // 4)]
     HostSwap(kv_cache, 0).restore(saved, blocks)
     for layer, (k_cache, v_cache) in enumerate(kv_cache.layers):
@@ -152,6 +170,33 @@ def test_given_kv_is_packed_into_blocks(kv_cache, length: int) -> None:
             block, offset = blocks[position // 4], position % 4
             assert torch.equal(k_cache[block, :, offset], k[layer, position])
             assert torch.equal(v_cache[block, :, offset], v[layer, position])
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_given_kv_has_the_codes_of_kv_computed_here(decode_module, kind: str, dtype: torch.dtype) -> None:
+    """Bit for bit what a layer writes of the same keys: the angles of position 0 turn nothing."""
+    length, kv_format = 7, kv_format_of(kind, dtype, 16)
+    k, v = torch.randn(2, 3, length, 2, 16).to(dtype).requires_grad_()
+    saved = pack_kv(k, v, 4, kv_format)
+    cache = KVCache.allocate(decode_module.config, 2, 4, kv_format, CPU)
+    no_turn = torch.cat((torch.ones(1, 8), torch.zeros(1, 8)), dim=1)
+    for layer in range(3):
+        kv, keys = cache.layer(layer), k.detach()[layer]
+        write_kv_cache(
+            *(keys, v.detach()[layer], kv.k, kv.v, torch.arange(length)),
+            q=keys,
+            positions=torch.zeros(length, dtype=torch.int64),
+            cos_sin=no_turn,
+            rotate=kv.rotates,
+            k_scale=kv.k_scale,
+            v_scale=kv.v_scale,
+        )
+    expected = cache.read_blocks([0, 1])
+    assert saved.counted == 0 and len(saved.blocks) == 2
+    assert torch.equal(saved.blocks.data.view(torch.uint8), expected.data.view(torch.uint8))
+    assert torch.equal(saved.blocks.scales, expected.scales)
+    assert saved.blocks.scales.any() and not saved.blocks.scales[..., 1, :, 3].any()  # the unused end
 
 
 def sequence_of(tokens: list[int], blocks: list[int], name: str = "r") -> Sequence:

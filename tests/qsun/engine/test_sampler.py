@@ -10,7 +10,7 @@ import torch
 
 from qsun.core import SamplingParams
 from qsun.engine.noise import gumbel_noise, row_key, uniform_bits
-from qsun.engine.sampler import SamplerRow, filter_logits, modify_logits, sample
+from qsun.engine.sampler import SamplerRow, modify_logits, sample
 
 PROBABILITIES = [0.4, 0.25, 0.15, 0.1, 0.06, 0.04]
 LOGITS = torch.tensor([PROBABILITIES]).log()
@@ -18,6 +18,11 @@ LOGITS = torch.tensor([PROBABILITIES]).log()
 
 def row(seed: int = 0, prompt=(), output=(), end_ids=(), **params) -> SamplerRow:
     return SamplerRow(SamplingParams(**params), seed, [*prompt, *output], len(prompt), tuple(end_ids))
+
+
+def drawn(logits: torch.Tensor, **params) -> set[int]:
+    """The tokens that come up in 400 draws from one row."""
+    return set(sample(logits.expand(400, -1), [row(seed=i, **params) for i in range(400)]).token_ids)
 
 
 def expected_after(**params) -> list[float]:
@@ -181,8 +186,8 @@ def test_a_negative_penalty_cannot_undo_the_min_tokens_mask() -> None:
 
 
 def test_min_p_at_its_bounds() -> None:
-    assert filter_logits(LOGITS, [SamplingParams(min_p=1.0)]).isfinite().sum() == 1
-    assert filter_logits(LOGITS, [SamplingParams(min_p=0.0)]).isfinite().all()
+    assert drawn(LOGITS, min_p=1.0) == {0}
+    assert drawn(LOGITS, min_p=0.0) == set(range(6))
 
 
 def test_logprobs_are_of_the_unmodified_distribution() -> None:
@@ -268,9 +273,10 @@ def test_noise_and_draws_agree_between_devices() -> None:
 
 @pytest.mark.parametrize("top_k", [6, 7, 2**63, 2**80])
 def test_a_top_k_past_the_vocabulary_keeps_all(top_k: int) -> None:
-    kept = filter_logits(LOGITS, [SamplingParams(top_k=top_k)])
-    assert torch.isfinite(kept).all()
-    assert torch.equal(kept, filter_logits(LOGITS, [SamplingParams()]))
+    tokens, free = (
+        sample(LOGITS.expand(400, -1), [row(seed=i, top_k=k) for i in range(400)]) for k in (top_k, 0)
+    )
+    assert set(tokens.token_ids) == set(range(6)) and tokens == free
 
 
 def test_equals_are_told_lowest_index_first() -> None:
@@ -282,7 +288,7 @@ def test_equals_are_told_lowest_index_first() -> None:
 def test_min_p_keeps_what_is_exactly_that_likely() -> None:
     logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
     for min_p, count in ((1.0, 1), (0.5, 2), (0.25, 4)):
-        assert int(torch.isfinite(filter_logits(logits, [SamplingParams(min_p=min_p)])).sum()) == count
+        assert drawn(logits, min_p=min_p) == set(range(count))
 
 
 def test_penalties_of_a_long_prompt_beside_other_rows() -> None:

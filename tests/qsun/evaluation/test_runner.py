@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qsun import DecodeEngine, SamplingParams
+from qsun.engine.options import EngineOptions, kv_format_of
 from qsun.evaluation.items import EvaluationError, Item, Verdict, json_lines
 from qsun.evaluation.perplexity import perplexity, response_losses
 from qsun.evaluation.runner import (
@@ -145,11 +146,14 @@ def test_a_refused_item_is_wrong_and_the_others_are_answered(engine, tmp_path: P
     assert "80" in details["long"] and "500" in details["alien"]
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("first_token", ["decode", "prefill"])
-def test_perplexity_is_that_of_the_tokens_that_are_drawn(base, engine, first_token: str) -> None:
+def test_perplexity_is_that_of_the_tokens_that_are_drawn(
+    base, engine, first_token: str, kv_cache_dtype: str
+) -> None:
     """The engine's own log-probabilities of a greedy answer, against the teacher-forced ones."""
     decode = load_decode_module(base, bits=16, dtype=torch.float32, device="cpu")
-    other = DecodeEngine(decode, None)
+    other = DecodeEngine(decode, None, EngineOptions(kv_cache_dtype=kv_cache_dtype))
     other.add_model("task", None, first_token=first_token)
     prompts = [[5], [9, 8, 7], list(range(10, 45))]
     examples, expected = [], []
@@ -159,7 +163,8 @@ def test_perplexity_is_that_of_the_tokens_that_are_drawn(base, engine, first_tok
         examples.append(Example(tuple(prompt), answer.token_ids))
         expected.append(-sum(step.logprob for step in answer.logprobs))
     module = load_prefill_module("task", None, base_path=base, decode=decode)
-    losses = response_losses(decode, module, examples, first_token)  # type: ignore[arg-type]
+    kv_format = kv_format_of(kv_cache_dtype, torch.float32, decode.config.head_dim)
+    losses = response_losses(decode, module, examples, first_token, kv_format)  # type: ignore[arg-type]
     assert [loss.total for loss in losses] == pytest.approx(expected, rel=1e-4)
     assert perplexity(losses) == pytest.approx(math.exp(sum(expected) / 27), rel=1e-4)
     with pytest.raises(ValueError, match=r"examples\[0\] has 70 positions, expected at most 64"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qsun.core import DecodeAttention, ForwardContext, PrefillAttention, PrefillChunk
+from qsun.kv_cache.tensors import LayerKV
 from qsun.layers.attention import Attention
 from qsun.layers.linear import DenseLinear
 from qsun.layers.norm import RMSNorm
@@ -71,7 +72,7 @@ def test_chunks_and_steps_equal_attention_written_out(heads, window, norms):
     x = random(21, HIDDEN, seed=5)
     block_size = 4
     blocks = torch.tensor([7, 2, 9, 0, 5, 3])
-    kv = tuple(torch.full((10, heads[1], block_size, D), torch.nan) for _ in range(2))
+    kv = LayerKV(*(torch.full((10, heads[1], block_size, D), torch.nan) for _ in range(2)))
 
     def slots(positions: torch.Tensor) -> torch.Tensor:
         return blocks[positions // block_size] * block_size + positions % block_size
@@ -107,7 +108,7 @@ def test_a_cache_in_another_dtype_than_the_activations():
     layer = make((4, 2), None, norms=False)
     x = random(9, HIDDEN, seed=6)
     blocks = torch.tensor([1, 0, 2])
-    kv = tuple(torch.full((3, 2, 4, D), torch.nan, dtype=torch.bfloat16) for _ in range(2))
+    kv = LayerKV(*(torch.full((3, 2, 4, D), torch.nan, dtype=torch.bfloat16) for _ in range(2)))
     positions = torch.arange(8)
     slots = blocks[positions // 4] * 4 + positions % 4
     ctx = ForwardContext(positions, slots, PrefillAttention((PrefillChunk(0, 8, 0, blocks[:2]),)))

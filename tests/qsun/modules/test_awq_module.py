@@ -57,7 +57,7 @@ def test_keys_and_values_stay_the_same_functions(outliers, paged):
     def cache_of(module) -> torch.Tensor:
         sequence = paged(module)
         sequence.prefill(HELD_OUT)
-        return sequence.cache.read_blocks(sequence.block_ids[: len(HELD_OUT) // 4].tolist())
+        return sequence.cache.read_blocks(sequence.block_ids[: len(HELD_OUT) // 4].tolist()).data
 
     arguments = {"bits": 8, "dtype": torch.float32, "device": "cpu"}
     dense = load_decode_module(outliers, dtype=torch.float32, device="cpu")

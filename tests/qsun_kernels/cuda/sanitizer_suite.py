@@ -21,11 +21,12 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # read when torch is importe
 
 import torch
 
-from qsun_kernels.backends import cuda
+from qsun_kernels.backends import cuda, reference
 from qsun_kernels.quant import QuantSpec
 from qsun_kernels.testing import inputs
 from qsun_kernels.testing import judge as judges
-from qsun_kernels.testing.tolerances import Comparison
+from qsun_kernels.testing.coded_cache import KINDS, code_cache
+from qsun_kernels.testing.tolerances import Comparison, compare_bits
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DEVICE = "cuda"
@@ -88,6 +89,38 @@ def attention() -> Iterator[tuple[str, Comparison]]:
                 )
 
 
+def coded_attention() -> Iterator[tuple[str, Comparison]]:
+    """Every kind of codes, head width and number of warps; scales that nobody may look at are NaN."""
+    for kind in KINDS:
+        for head_dim in (64, 128, 256):
+            for group, q_len in ((3, 1), (8, 2), (8, 8)):
+                source = inputs.generator(group)
+                problem = inputs.paged_attention_inputs(
+                    source,
+                    (270, 0, 9),
+                    num_q_heads=2 * group,
+                    num_kv_heads=2,
+                    head_dim=head_dim,
+                    block_size=16,
+                    dtype=torch.bfloat16,
+                    kv_dtype=torch.float32,
+                    window=133 if group == 3 else None,
+                    q_len=q_len,
+                    spare_blocks=20,
+                )
+                k, v = code_cache(source, problem.k_cache, kind), code_cache(source, problem.v_cache, kind)
+                got = run(
+                    *("paged_attention_decode", problem.q, k.cache, v.cache, problem.block_table),
+                    *(problem.seq_lens, problem.softmax_scale, problem.window, None, None, None, None),
+                    *(k.scale, v.scale),
+                )
+                judged = dataclasses.replace(problem, k_cache=k.values, v_cache=v.values)
+                yield (
+                    f"paged_attention_decode {kind} D={head_dim} group={group} q_len={q_len}",
+                    judges.judge_paged_attention_decode(got, judged),
+                )
+
+
 def cache() -> Iterator[tuple[str, Comparison]]:
     """Wide copies and single elements."""
     for dtype in DTYPES:
@@ -107,6 +140,28 @@ def cache() -> Iterator[tuple[str, Comparison]]:
             )
 
 
+def codes() -> Iterator[tuple[str, Comparison]]:
+    """Keys and values as codes: aligned vectors and single elements, heads of many lanes and few."""
+    write = reference.IMPLEMENTATIONS["write_kv_cache"].run
+    kinds = ((torch.float8_e4m3fn, 1), (torch.float8_e4m3fn, 3), (torch.int8, 3), (torch.uint8, 3))
+    for dtype in DTYPES:
+        for head_dim in (12, 80, 256):
+            for kv_dtype, dimensions in kinds:
+                source = inputs.generator(head_dim)
+                q, k, v = inputs.qkv_views(source, 7, 5, 3, head_dim, dtype)
+                shape = (4, 3, 8, head_dim // 2 if kv_dtype == torch.uint8 else head_dim)
+                caches = [torch.zeros(shape, dtype=torch.uint8).view(kv_dtype) for _ in range(2)]
+                caches += [torch.full(shape[:3] if dimensions == 3 else (1,), 0.01) for _ in range(2)]
+                slots = inputs.slot_mapping(source, 7, 32, skip=0.3)
+                norms = [torch.ones(head_dim, dtype=dtype) for _ in range(2)]
+                steps = (q, torch.arange(7), torch.rand(7, head_dim), *norms, 1e-6, head_dim == 256)
+                on_device = [c.to(DEVICE) for c in caches]
+                run("write_kv_cache", k, v, *on_device[:2], slots, *steps, *on_device[2:])
+                write(k, v, *caches[:2], slots, *steps, *caches[2:])
+                got, want = (c.cpu().view(torch.uint8) for c in (on_device[1], caches[1]))
+                yield f"write_kv_cache {dtype} D={head_dim} {kv_dtype}", compare_bits("v", got, want)
+
+
 def fused() -> Iterator[tuple[str, Comparison]]:
     """Wide loads and single elements, one warp and many."""
     for dtype in DTYPES:
@@ -122,6 +177,10 @@ def fused() -> Iterator[tuple[str, Comparison]]:
             )  # fmt: skip
             pair = inputs.normal(source, (3, 2 * width), dtype)
             yield f"silu_and_mul {dtype} {width}", judges.judge_silu_and_mul(run("silu_and_mul", pair), pair)
+        for vocabulary in (33, 9001):
+            arguments = inputs.sampling_inputs(inputs.generator(vocabulary), 16, vocabulary, dtype)
+            got = run("sample_tokens", *arguments)
+            yield f"sample_tokens {dtype} {vocabulary}", judges.judge_sample_tokens(got, *arguments)
         for head_dim in (6, 64):
             q, k, _ = inputs.qkv_views(inputs.generator(1), 5, 3, 1, head_dim, dtype)
             positions, cos_sin = torch.tensor([9, 0, 3, 3, 1]), torch.rand(10, head_dim)
@@ -137,7 +196,7 @@ def main() -> int:
         return 2
     torch.set_num_threads(4)
     start, count, wrong = time.perf_counter(), 0, 0
-    for family in (linear, attention, cache, fused):
+    for family in (linear, attention, coded_attention, cache, codes, fused):
         for name, comparison in family():
             count += 1
             if not comparison.ok:

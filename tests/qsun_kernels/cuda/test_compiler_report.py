@@ -116,7 +116,12 @@ OBJDUMP = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=TRITON_TOO
 @pytest.mark.slow
 @pytest.mark.skipif(NVCC is None or OBJDUMP is None, reason="no nvcc or no cuobjdump")
 @pytest.mark.parametrize(
-    "instance", ("wna16/instances/stream_bf16_b4.cu", "attention/instances/tiles_bf16_d128.cu")
+    "instance",
+    (
+        "wna16/instances/stream_bf16_b4.cu",
+        "attention/instances/tiles_bf16_d128.cu",
+        "attention/instances/codes_int4.cu",
+    ),
 )
 def test_shared_addresses_of_asynchronous_copies_have_no_uniform_part(instance, tmp_path) -> None:
     """ptxas 13.0 may add a uniform register to the shared address of LDGSTS, in an encoding that traps."""

@@ -6,7 +6,8 @@ import pytest
 
 from qsun_kernels.errors import KernelLaunchError
 
-FLOAT, HALF, BFLOAT = range(3)  # dtype codes
+FLOAT, HALF, BFLOAT, FP8, INT8, INT4 = range(6)  # dtype codes
+NONE, TENSOR, TOKEN = range(3)  # of scales
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def h100(extension):
 def test_choose_paged_attention_split(
     extension, h100, batch, heads, head_dim, max_blocks, window, expected
 ) -> None:
-    sizes = (batch, 1, *heads, head_dim, 16, max_blocks, window, FLOAT, h100)
+    sizes = (batch, 1, *heads, head_dim, 16, max_blocks, window, FLOAT, FLOAT, NONE, h100)
     assert extension.choose_paged_attention_decode(*sizes) is None
     assert extension.paged_attention_plan_bytes(None, *sizes) == 0
     config = extension.choose_paged_attention_split(*sizes)
@@ -47,7 +48,7 @@ def test_choose_paged_attention_split(
 
 def test_split_cuts_every_query_token(extension, h100) -> None:
     """Each is a row of its own there: twice the tokens need half the parts."""
-    sizes = (2, 1, 8, 8, 64, 16, 4096, -1, FLOAT, h100)
+    sizes = (2, 1, 8, 8, 64, 16, 4096, -1, FLOAT, FLOAT, NONE, h100)
     one, four = (extension.choose_paged_attention_split(sizes[0], q_len, *sizes[2:]) for q_len in (1, 4))
     assert (one.num_parts, four.num_parts) == (33, 16)
     assert four.grid == 2 * 4 * 8 * 16
@@ -66,7 +67,7 @@ def test_split_cuts_every_query_token(extension, h100) -> None:
     ],
 )
 def test_choose_paged_attention_decode(extension, h100, heads, q_len, head_dim, expected) -> None:
-    sizes = (3, q_len, *heads, head_dim, 16, 64, -1, BFLOAT, h100)
+    sizes = (3, q_len, *heads, head_dim, 16, 64, -1, BFLOAT, BFLOAT, NONE, h100)
     config = extension.choose_paged_attention_decode(*sizes)
     assert (config.warps, config.stages, config.blocks_per_sm) == expected, repr(config)
     assert config.parts == config.blocks_per_sm * h100.sm_count and config.overlaps_producer
@@ -87,29 +88,87 @@ def test_a_ring_fits_an_older_gpu(extension) -> None:
         compute_major=8, compute_minor=0, sm_count=108, shared_memory_per_block=163 * 1024, l2_bytes=40 << 20
     )
     for head_dim, expected in ((64, (4, 2)), (96, (3, 2)), (128, (4, 1)), (256, (2, 1))):
-        config = extension.choose_paged_attention_decode(1, 1, 8, 8, head_dim, 16, 64, -1, HALF, a100)
+        config = extension.choose_paged_attention_decode(
+            1, 1, 8, 8, head_dim, 16, 64, -1, HALF, HALF, NONE, a100
+        )
         assert (config.stages, config.blocks_per_sm) == expected, repr(config)
         assert not config.overlaps_producer
+
+
+@pytest.mark.parametrize(
+    ("kind", "heads", "q_len", "head_dim", "expected"),
+    [
+        ((INT4, TOKEN), (32, 8), 1, 64, (4, 4, 4)),
+        ((INT4, TOKEN), (32, 8), 1, 128, (4, 3, 4)),
+        ((INT4, TOKEN), (32, 8), 3, 128, (4, 4, 2)),  # 12 query rows: twice the registers
+        ((INT4, TOKEN), (32, 8), 5, 128, (8, 4, 1)),
+        ((INT4, TOKEN), (32, 8), 1, 256, (4, 3, 2)),
+        ((INT8, TOKEN), (32, 8), 1, 128, (4, 3, 2)),  # two rings of three stages fit
+        ((FP8, TENSOR), (32, 8), 1, 64, (4, 3, 4)),
+        ((FP8, TOKEN), (32, 8), 1, 256, (4, 3, 1)),
+    ],
+)
+def test_choose_for_codes(extension, h100, kind, heads, q_len, head_dim, expected) -> None:
+    sizes = (3, q_len, *heads, head_dim, 16, 64, -1, BFLOAT, *kind, h100)
+    config = extension.choose_paged_attention_decode(*sizes)
+    assert (config.warps, config.stages, config.blocks_per_sm) == expected, repr(config)
+    assert config.parts == config.blocks_per_sm * h100.sm_count
+    row = head_dim // 2 if kind[0] == INT4 else head_dim
+    ring = config.stages * 4 * 2 * 32 * (row + 4)
+    assert config.blocks_per_sm * (ring + 2176) <= 228 * 1024
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kv_dtype": BFLOAT}, "kv_dtype is bfloat16; expected float16 as q, or codes"),
+        ({"kv_dtype": 9}, "kv_dtype is unknown; expected float16 as q, or codes"),
+        ({"kv_scales": TOKEN}, "kv_scales is token; expected none for float16"),
+        ({"kv_dtype": INT8}, "kv_scales is none; expected token for int8"),
+        ({"kv_dtype": INT4, "kv_scales": TENSOR}, "kv_scales is tensor; expected token for int4"),
+        ({"kv_dtype": FP8, "kv_scales": 7}, "kv_scales is unknown; expected token or tensor"),
+        (
+            {"dtype": FLOAT, "kv_dtype": INT8, "kv_scales": TOKEN},
+            "dtype is float32; expected float16 or bfloat16 beside int8",
+        ),
+    ],
+)
+def test_refused_caches(extension, h100, change, message) -> None:
+    sizes = {**SIZES, "max_blocks": 4, "props": h100, **change}
+    with pytest.raises(KernelLaunchError) as caught:
+        extension.choose_paged_attention_decode(
+            **{name: value for name, value in sizes.items() if name not in ("device", "stream")}
+        )
+    assert message in caught.value.error
 
 
 @pytest.mark.parametrize(
     ("change", "is_planned"),
     [
         ({}, True),
-        ({"dtype": HALF}, True),
-        ({"dtype": FLOAT}, False),
+        ({"dtype": HALF, "kv_dtype": HALF}, True),
+        ({"dtype": FLOAT, "kv_dtype": FLOAT}, False),
+        ({"head_dim": 96}, True),
         ({"head_dim": 80}, False),
         ({"block_size": 8}, False),
         ({"num_q_heads": 16 * 2, "q_len": 8}, True),
         ({"num_q_heads": 17 * 2, "q_len": 8}, False),  # 136 query rows
         ({"batch": 32768}, True),
         ({"batch": 32769}, False),
+        ({"kv_dtype": FP8, "kv_scales": TENSOR}, True),
+        ({"kv_dtype": FP8, "kv_scales": TOKEN, "dtype": HALF}, True),
+        ({"kv_dtype": INT8, "kv_scales": TOKEN, "num_q_heads": 32, "q_len": 8}, True),
+        ({"kv_dtype": INT4, "kv_scales": TOKEN, "head_dim": 256, "q_len": 8, "num_q_heads": 16}, True),
+        ({"kv_dtype": INT4, "kv_scales": TOKEN, "head_dim": 256, "q_len": 8, "num_q_heads": 18}, False),
+        ({"kv_dtype": INT4, "kv_scales": TOKEN, "head_dim": 96}, False),
+        ({"kv_dtype": INT4, "kv_scales": TOKEN, "block_size": 8}, False),
     ],
 )
 def test_which_kernel_serves_which_sizes(extension, h100, change, is_planned) -> None:
     sizes = {
         "batch": 1, "q_len": 1, "num_q_heads": 8, "num_kv_heads": 2, "head_dim": 128, "block_size": 16,
-        "max_blocks": 4, "window": -1, "dtype": BFLOAT, "props": h100, **change,
+        "max_blocks": 4, "window": -1, "dtype": BFLOAT, "kv_dtype": BFLOAT, "kv_scales": NONE,
+        "props": h100, **change,
     }  # fmt: skip
     assert (extension.choose_paged_attention_decode(**sizes) is not None) == is_planned
     assert (extension.paged_attention_plan_bytes(config=None, **sizes) > 0) == is_planned
@@ -124,7 +183,7 @@ def test_what_a_small_shared_memory_holds(extension, head_dim, batch, is_planned
     small = extension.DeviceProps(
         compute_major=8, compute_minor=6, sm_count=84, shared_memory_per_block=99 * 1024, l2_bytes=6 << 20
     )
-    sizes = (batch, 1, 8, 8, head_dim, 16, 64, -1, HALF, small)
+    sizes = (batch, 1, 8, 8, head_dim, 16, 64, -1, HALF, HALF, NONE, small)
     config = extension.choose_paged_attention_decode(*sizes)
     assert (config is not None) == is_planned
     assert (extension.paged_attention_plan_bytes(None, *sizes) > 0) == is_planned
@@ -140,7 +199,7 @@ def test_what_a_small_shared_memory_holds(extension, head_dim, batch, is_planned
 ADDRESS = 4096
 SIZES = {
     "batch": 2, "q_len": 1, "num_q_heads": 4, "num_kv_heads": 2, "head_dim": 64, "block_size": 16,
-    "window": -1, "dtype": HALF, "device": 0, "stream": 0,
+    "window": -1, "dtype": HALF, "kv_dtype": HALF, "kv_scales": NONE, "device": 0, "stream": 0,
 }  # fmt: skip
 CALLS = {
     "plan_paged_attention": {**SIZES, "seq_lens": ADDRESS, "plan": ADDRESS, "plan_bytes": 2**30},
@@ -148,7 +207,15 @@ CALLS = {
         **SIZES,
         **dict.fromkeys(("q", "k_cache", "v_cache", "block_table", "seq_lens"), ADDRESS),
         **dict.fromkeys(("out", "lse", "plan", "scratch"), ADDRESS),
-        **{"sinks": 0, "plan_bytes": 2**30, "scratch_bytes": 2**30, "num_blocks": 8, "max_blocks": 4},
+        **{
+            "k_scale": 0,
+            "v_scale": 0,
+            "sinks": 0,
+            "plan_bytes": 2**30,
+            "scratch_bytes": 2**30,
+            "num_blocks": 8,
+            "max_blocks": 4,
+        },
         **{"q_stride": 256, "block_table_stride": 4, "softmax_scale": 0.125, "softcap": 0.0},
     },
 }
@@ -194,11 +261,22 @@ def test_refused_configurations(extension, operator, config, change, message) ->
         ({"out": ADDRESS + 4}, "out is misaligned; expected an address divisible by 8"),
         ({"scratch_bytes": 5199}, "scratch_bytes is 5199; expected at least 5200"),
         ({"scratch": 0}, "scratch is null"),
+        (
+            {"kv_dtype": INT8, "kv_scales": TOKEN, "q_len": 5, "num_q_heads": 8},
+            "config.warps is 4; expected one of 8",
+        ),
+        ({"kv_dtype": INT4, "kv_scales": TOKEN, "k_scale": 0}, "k_scale is null"),
+        ({"kv_dtype": INT4, "kv_scales": TOKEN, "v_scale": 0}, "v_scale is null"),
+        (
+            {"kv_dtype": INT4, "kv_scales": TOKEN, "v_scale": ADDRESS + 4},
+            "v_scale is misaligned; expected an address divisible by 16",
+        ),
     ],
 )
 def test_refused_by_the_planned_kernel(extension, change, message) -> None:
     told = extension.PagedAttentionDecodeConfig(**CONFIG, overlaps_producer=False)
-    arguments = {**CALLS["paged_attention_decode"], **change, "config": told}
+    scales = {"k_scale": ADDRESS, "v_scale": ADDRESS}
+    arguments = {**CALLS["paged_attention_decode"], **scales, **change, "config": told}
     with pytest.raises(KernelLaunchError) as caught:
         extension.paged_attention_decode(**arguments)
     assert message in caught.value.error

@@ -1,4 +1,4 @@
-"""paged_attention_decode and write_kv_cache: the CUDA kernels, on a GPU and through the emulator."""
+"""paged_attention_decode: the CUDA kernels, on a GPU and through the emulator."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from qsun_kernels.backends import cuda
 from qsun_kernels.errors import KernelLaunchError
 from qsun_kernels.testing import inputs
-from qsun_kernels.testing.judge import judge_paged_attention_decode, judge_write_kv_cache
+from qsun_kernels.testing.judge import judge_paged_attention_decode
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -261,35 +261,6 @@ def test_extreme_scores(kernels, std) -> None:
         std=std,
     )
     judge_paged_attention_decode(attend(kernels, problem), problem).require()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("heads", "head_dim", "block_size"), [(1, 1, 1), (3, 5, 7), (2, 64, 16), (8, 128, 256)]
-)
-def test_write_kv_cache_touches_its_slots_alone(kernels, dtype, heads, head_dim, block_size) -> None:
-    for tokens in inputs.ODD_ROWS:
-        source = inputs.generator(tokens)
-        num_blocks = 2 + tokens // block_size + 1
-        _, k, v = inputs.qkv_views(source, tokens, 1, heads, head_dim, dtype, kernels.device)
-        shape = (num_blocks, heads, block_size, head_dim)
-        caches = [inputs.normal(source, shape, dtype, kernels.device) for _ in range(2)]
-        before = (caches[0].clone(), caches[1].clone())
-        slots = inputs.slot_mapping(source, tokens, num_blocks * block_size, skip=0.3, device=kernels.device)
-        kernels.run("write_kv_cache", k, v, *caches, slots)
-        judge_write_kv_cache((caches[0], caches[1]), before, k, v, slots).require()
-
-
-@pytest.mark.slow
-@pytest.mark.damaged
-def test_a_slot_past_the_cache_writes_nothing(emulated_kernels) -> None:
-    """On a GPU: test_cuda_traps_gpu.py."""
-    kernels = emulated_kernels
-    k = torch.ones(1, 2, 8)
-    caches = [torch.zeros(3, 2, 4, 8) for _ in range(2)]
-    with pytest.raises(KernelLaunchError, match=r"write_kv_cache.*trap"):
-        kernels.run("write_kv_cache", k, k, *caches, torch.tensor([12]))
-    assert not any(cache.any() for cache in caches)
 
 
 @pytest.mark.slow

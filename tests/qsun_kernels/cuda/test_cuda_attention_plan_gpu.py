@@ -46,7 +46,8 @@ def attend(a, plan=None, told=None):
     with inputs.poisoned_outputs():
         return attention.paged_attention_decode(
             *(a.q, a.k_cache, a.v_cache, a.block_table, a.seq_lens, a.softmax_scale, a.window),
-            *(a.softcap, a.sinks, None, plan, told),
+            *(a.softcap, a.sinks, None, plan),
+            config=told,
         )
 
 

@@ -15,6 +15,7 @@ from qsun_kernels.backends.problems import (
     DequantizeProblem,
     PagedAttentionDecodeProblem,
     RmsNormProblem,
+    SampleTokensProblem,
     SiluAndMulProblem,
     Wna16GateUpSiluProblem,
     Wna16Problem,
@@ -129,9 +130,15 @@ SUPPORTED = [
     PagedAttentionDecodeProblem(9, 3, 80, 16, None, HALF, HALF, GPU),
     PagedAttentionDecodeProblem(64, 1, 256, 8, 4096, torch.bfloat16, torch.bfloat16, GPU),
     WriteKvCacheProblem(3, 5, 7, torch.float32, torch.float32, GPU),
+    WriteKvCacheProblem(3, 1000, 16, HALF, HALF, GPU),  # a copy of any width
+    WriteKvCacheProblem(3, 7, 7, HALF, torch.float32, GPU),
+    WriteKvCacheProblem(3, 512, 16, HALF, torch.int8, GPU, "token", 9, True, True, True),
+    WriteKvCacheProblem(3, 12, 16, HALF, torch.uint8, GPU, "token"),
+    WriteKvCacheProblem(3, 64, 16, torch.float32, torch.float8_e4m3fn, GPU, "tensor"),
     RmsNormProblem(1, True, HALF, GPU),
     ApplyRopeProblem(9, 3, 6, HALF, GPU),
     SiluAndMulProblem(1, HALF, GPU),
+    SampleTokensProblem(1, torch.float32, GPU),
 ]
 
 
@@ -141,7 +148,7 @@ def test_supported_problems(monkeypatch, problem) -> None:
     pretend(monkeypatch)
     implementation = cuda.IMPLEMENTATIONS[problem.operator]
     assert implementation.supports(problem) is None
-    if problem.operator == "paged_attention_decode" and not is_built:
+    if problem.operator in ("paged_attention_decode", "sample_tokens") and not is_built:
         pytest.skip("which kernel would run only the CUDA library knows")
     description = implementation.describe(problem)
     assert description and "\n" not in description
@@ -157,10 +164,32 @@ def test_supported_problems(monkeypatch, problem) -> None:
         ),
         (RmsNormProblem(0, False, HALF, GPU), "hidden_size is 0, expected at least 1"),
         (SiluAndMulProblem(0, HALF, GPU), "size is 0, expected at least 1"),
+        (SampleTokensProblem(9, torch.float64, GPU), "dtype is torch.float64, expected one of torch.float32"),
         (ApplyRopeProblem(4, 2, 63, HALF, GPU), "head_dim is 63, expected an even number"),
         (
             WriteKvCacheProblem(3, 64, 16, HALF, torch.float8_e4m3fn, GPU),
-            "kv_dtype is torch.float8_e4m3fn, expected that of k and v (torch.float16)",
+            "kv_scales is none, a cache of torch.float8_e4m3fn has token or tensor",
+        ),
+        (
+            WriteKvCacheProblem(3, 64, 16, HALF, torch.int16, GPU, "token"),
+            "kv_dtype is torch.int16, expected one of torch.float32, torch.float16, torch.bfloat16, "
+            "torch.float8_e4m3fn, torch.int8, torch.uint8",
+        ),
+        (
+            WriteKvCacheProblem(3, 520, 16, HALF, torch.int8, GPU, "token"),
+            "head_dim is 520, expected at most 512 of torch.float16",
+        ),
+        (
+            WriteKvCacheProblem(3, 6, 16, HALF, torch.uint8, GPU, "token"),
+            "head_dim is 6, expected a multiple of 4 for 4-bit codes",
+        ),
+        (
+            WriteKvCacheProblem(3, 8, 16, HALF, HALF, GPU, "none", 4, rotate=True),
+            "head_dim is 8, expected at least 16 of torch.float16 to rotate",
+        ),
+        (
+            WriteKvCacheProblem(3, 7, 16, HALF, HALF, GPU, rope=True),
+            "head_dim is 7, expected an even number",
         ),
         (
             PagedAttentionDecodeProblem(8, 2, 100, 16, None, HALF, HALF, GPU),

@@ -28,6 +28,14 @@ def h100(extension):
     return extension.DeviceProps(**H100)
 
 
+@pytest.fixture
+def a100(extension):
+    """No clusters, and less shared memory."""
+    return extension.DeviceProps(
+        **{**H100, "compute_major": 8, "sm_count": 108, "shared_memory_per_block": 166_912}
+    )
+
+
 def test_build_info_is_complete(extension) -> None:
     info = extension.build_info()
     assert set(info) == {"archs", "nvcc", "host_compiler", "revision", "cuda_runtime"}
@@ -142,6 +150,47 @@ def test_choose_rms_norm(extension) -> None:
         assert extension.choose_rms_norm(*unaligned, half).width == 1
 
 
+def test_choose_write_kv_cache(extension, h100) -> None:
+    half, int8 = 1, 4
+    choose = extension.choose_write_kv_cache
+    copy = choose(4096, 128, 0, 128, False, half, half, h100)
+    assert repr(copy) == "WriteKvCacheConfig(copies=1 is_wide=1 lanes=0 overlaps_producer=1)"
+    assert not choose(4096, 128, 0, 127, False, half, half, h100).is_wide
+    for arguments in ((4, 128, True, half), (0, 128, True, half), (0, 128, False, int8)):
+        config = choose(4096, 128, *arguments, half, h100)
+        assert (config.copies, config.is_wide, config.lanes) == (False, True, 8)
+    for dtype, lanes in (
+        (half, {16: 1, 64: 4, 80: 8, 96: 8, 128: 8, 256: 16, 512: 32}),
+        (0, {8: 1, 256: 32}),
+    ):
+        for head_dim, expected in lanes.items():
+            assert choose(4096, 512, 4, head_dim, True, int8, dtype, h100).lanes == expected
+    # A vector of each half: 16 elements of 16 bits; an address, a stride that 16 bytes do not divide
+    for k, k_stride, head_dim in ((4096, 512, 24), (4098, 512, 128), (4096, 129, 128)):
+        assert not choose(k, k_stride, 4, head_dim, True, int8, half, h100).is_wide
+    ampere = extension.DeviceProps(**{**H100, "compute_major": 8})
+    assert not choose(4096, 128, 4, 128, True, half, half, ampere).overlaps_producer
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype", "blocks", "staged"),
+    [(1, 0, 1, True), (2048, 0, 1, True), (2049, 0, 2, True), (49152, 1, 8, True), (128256, 0, 8, True),
+     (151936, 2, 8, True), (400_000, 0, 8, True), (600_000, 0, 8, False), (2**22, 2, 8, False)],
+)  # fmt: skip
+def test_choose_sample_tokens(extension, h100, vocabulary, dtype, blocks, staged) -> None:
+    config = extension.choose_sample_tokens(vocabulary, dtype, h100)
+    assert (config.blocks, config.staged, config.overlaps_producer) == (blocks, staged, True)
+    assert config.shared_bytes <= h100.shared_memory_per_block
+    if staged:  # the share of the row, wherever it begins, beside what the search needs
+        assert config.shared_bytes > vocabulary * 4 / blocks
+
+
+def test_choose_sample_tokens_without_clusters(extension, a100) -> None:
+    config = extension.choose_sample_tokens(128256, 0, a100)
+    assert (config.blocks, config.staged, config.overlaps_producer) == (1, False, False)
+    assert extension.choose_sample_tokens(32000, 0, a100).staged
+
+
 # ---- refused arguments
 
 ADDRESS = 4096
@@ -158,13 +207,18 @@ CALLS = {
         residual_stride=0, eps=0,
     ),
     "silu_and_mul": call("x out", num_rows=2, size=64, x_stride=128),
+    "sample_tokens": call(
+        "logits temperature top_k top_p min_p keys tokens valid", num_rows=2, vocab_size=64, logits_stride=64
+    ),
     "apply_rope": call(
         "q k positions cos_sin q_out k_out", num_tokens=2, num_q_heads=4, num_kv_heads=2, head_dim=64,
         q_stride=256, k_stride=128, max_positions=100,
     ),
     "write_kv_cache": call(
-        "k v k_cache v_cache slot_mapping", num_tokens=2, num_kv_heads=2, head_dim=64, num_blocks=3,
-        block_size=16, k_stride=128, v_stride=128,
+        "k v q q_out k_cache v_cache k_scale v_scale slot_mapping positions cos_sin q_norm k_norm",
+        num_tokens=2, num_q_heads=4, num_kv_heads=2, head_dim=64, num_blocks=3, block_size=16,
+        max_positions=100, q_stride=256, k_stride=128, v_stride=128, eps=1e-6, rotate=True, kv_dtype=4,
+        kv_scales=2,
     ),
     "wna16_linear": call(
         "x qweight scales out", qzeros=0, g_idx=0, bias=0, residual=0, M=2, N=32, K=64, x_stride=64,
@@ -179,14 +233,14 @@ CALLS = {
         "qweight scales out", qzeros=0, g_idx=0, N=32, K=64, bits=4, group_size=32, scale_dtype=1
     ),
     "paged_attention_decode": call(
-        "q k_cache v_cache block_table seq_lens out lse plan scratch", config=None, sinks=0,
-        plan_bytes=2**30, scratch_bytes=2**30, batch=2, q_len=1, num_q_heads=4, num_kv_heads=2, head_dim=64,
-        num_blocks=8, block_size=16, max_blocks=4, q_stride=256, block_table_stride=4, window=-1,
-        softmax_scale=0.125, softcap=0.0,
+        "q k_cache v_cache block_table seq_lens out lse plan scratch", config=None, k_scale=0, v_scale=0,
+        sinks=0, plan_bytes=2**30, scratch_bytes=2**30, batch=2, q_len=1, num_q_heads=4, num_kv_heads=2,
+        head_dim=64, num_blocks=8, block_size=16, max_blocks=4, q_stride=256, block_table_stride=4, window=-1,
+        softmax_scale=0.125, softcap=0.0, kv_dtype=1, kv_scales=0,
     ),
     "plan_paged_attention": call(
         "seq_lens plan", config=None, plan_bytes=2**30, batch=2, q_len=1, num_q_heads=4, num_kv_heads=2,
-        head_dim=64, block_size=16, window=-1,
+        head_dim=64, block_size=16, window=-1, kv_dtype=1, kv_scales=0,
     ),
 }  # fmt: skip
 ENDING = {"dtype": 1, "device": 0, "stream": 0}
@@ -220,6 +274,13 @@ REFUSED = [
     ("silu_and_mul", {"x": 0}, "x is null"),
     ("silu_and_mul", {"num_rows": -5}, "num_rows is -5; expected at least 0"),
     ("silu_and_mul", {"size": 0}, "size is 0; expected at least 1"),
+    ("sample_tokens", {"logits": 0}, "logits is null"),
+    ("sample_tokens", {"keys": 0}, "keys is null"),
+    ("sample_tokens", {"valid": 0}, "valid is null"),
+    ("sample_tokens", {"num_rows": -1}, "num_rows is -1; expected at least 0"),
+    ("sample_tokens", {"num_rows": 2**28}, "num_rows is 268435456; expected at most 268435455"),
+    ("sample_tokens", {"vocab_size": 0}, "vocab_size is 0; expected at least 1"),
+    ("sample_tokens", {"vocab_size": 2**22 + 1}, "vocab_size is 4194305; expected at most 4194304"),
     ("apply_rope", {"positions": 0}, "positions is null"),
     ("apply_rope", {"head_dim": 63}, "head_dim is 63; expected a multiple of 2"),
     ("apply_rope", {"num_tokens": -1}, "num_tokens is -1; expected at least 0"),
@@ -229,6 +290,28 @@ REFUSED = [
     ("write_kv_cache", {"block_size": 0}, "block_size is 0; expected at least 1"),
     ("write_kv_cache", {"num_blocks": -1}, "num_blocks is -1; expected at least 0"),
     ("write_kv_cache", {"v_cache": 0}, "v_cache is null"),
+    ("write_kv_cache", {"v_scale": 0}, "v_scale is null"),
+    ("write_kv_cache", {"q_out": 0}, "q_out is null"),
+    ("write_kv_cache", {"positions": 0}, "positions is null"),
+    ("write_kv_cache", {"q_norm": 0}, "q_norm is null; expected given where k_norm is"),
+    ("write_kv_cache", {"k_norm": 0}, "q_norm is given; expected null where k_norm is null"),
+    ("write_kv_cache", {"max_positions": 0}, "max_positions is 0; expected at least 1"),
+    (
+        "write_kv_cache",
+        {"head_dim": 96},
+        "head_dim is 96; expected a power of two, at least 16 (8 in float32)",
+    ),
+    ("write_kv_cache", {"head_dim": 1024}, "head_dim is 1024; expected at most 512"),
+    ("write_kv_cache", {"head_dim": 63, "rotate": False}, "head_dim is 63; expected a multiple of 2"),
+    ("write_kv_cache", {"kv_dtype": 9}, "kv_dtype is 9; expected 0 to 5"),
+    ("write_kv_cache", {"kv_dtype": 1}, "kv_scales is token; expected none for a cache of values"),
+    ("write_kv_cache", {"kv_scales": 1}, "kv_scales is tensor; expected token"),
+    ("write_kv_cache", {"kv_dtype": 3, "kv_scales": 0}, "kv_scales is none; expected token or tensor"),
+    (
+        "write_kv_cache",
+        {"kv_dtype": 5, "head_dim": 6, "rotate": False},
+        "head_dim is 6; expected a multiple of 4",
+    ),
     ("wna16_linear", {"bits": 5}, "bits is 5; expected one of 2 3 4 8"),
     ("wna16_linear", {"group_size": 48}, "group_size is 48; expected one of 32 64 128 -1"),
     ("wna16_linear", {"M": -1}, "M is -1; expected at least 0"),
@@ -267,6 +350,16 @@ REFUSED = [
     ("paged_attention_decode", {"q_len": 9}, "q_len is 9; expected at most 8"),
     ("paged_attention_decode", {"softcap": -1.0}, "softcap is -1.000000; expected above 0, or 0 for none"),
     ("paged_attention_decode", {"plan": 4104}, "plan is misaligned; expected an address divisible by 16"),
+    (
+        "paged_attention_decode",
+        {"dtype": 2, "kv_dtype": 1},
+        "kv_dtype is float16; expected bfloat16 as q, or codes",
+    ),
+    (
+        "paged_attention_decode",
+        {"kv_dtype": 4, "kv_scales": 2, "k_scale": 4104, "v_scale": 4096},
+        "k_scale is misaligned; expected an address divisible by 16",
+    ),
     ("plan_paged_attention", {"seq_lens": 0}, "seq_lens is null"),
     ("plan_paged_attention", {"batch": -1}, "batch is -1; expected at least 0"),
     ("plan_paged_attention", {"q_len": 9}, "q_len is 9; expected at most 8"),
@@ -293,7 +386,7 @@ def test_refused_arguments(extension, operator, change, message) -> None:
 @pytest.mark.parametrize("scratch", ({"scratch_bytes": 0}, {"scratch": 0}))
 def test_too_little_scratch(emulated_extension, scratch) -> None:
     """Needs a device to know how much; the emulator's is enough."""
-    sizes = {"batch": 1, "max_blocks": 4096, "dtype": 0, **scratch}
+    sizes = {"batch": 1, "max_blocks": 4096, "dtype": 0, "kv_dtype": 0, **scratch}
     arguments = {**CALLS["paged_attention_decode"], **ENDING, **sizes}
     with pytest.raises(KernelLaunchError, match=r"scratch(_bytes)? is (0|null); expected"):
         emulated_extension.paged_attention_decode(**arguments)
@@ -304,6 +397,7 @@ def test_too_little_scratch(emulated_extension, scratch) -> None:
     [
         ("rms_norm", {"num_rows": 0, "x": 0, "out": 0}),
         ("silu_and_mul", {"num_rows": 0, "x": 0, "out": 0}),
+        ("sample_tokens", {"num_rows": 0, "logits": 0, "tokens": 0, "valid": 0}),
         ("apply_rope", {"num_tokens": 0, "q": 0, "k": 0, "positions": 0, "q_out": 0, "k_out": 0}),
         ("write_kv_cache", {"num_tokens": 0, "k": 0, "v": 0, "slot_mapping": 0}),
         ("wna16_linear", {"M": 0, "x": 0, "out": 0, "dtype": 0}),

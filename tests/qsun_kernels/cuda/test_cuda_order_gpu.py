@@ -53,6 +53,10 @@ class Step:
         self.slots = inputs.slot_mapping(source, self.tokens, slots, skip=0.2, device=device)
         # Written apart from the cache that is attended to: a repeat must find the same cache.
         self.caches = [torch.zeros_like(self.attention.k_cache) for _ in range(2)]
+        codes = (*self.caches[0].shape[:3], head_dim // 2)
+        self.caches += [torch.zeros(codes, dtype=torch.uint8, device=device) for _ in range(2)]
+        self.caches += [torch.zeros(codes[:3], device=device) for _ in range(2)]
+        self.norms = [inputs.normal(source, (head_dim,), dtype, device) for _ in range(2)]
 
     def run(self) -> list[torch.Tensor]:
         op = {name: implementation.run for name, implementation in cuda.IMPLEMENTATIONS.items()}
@@ -61,12 +65,16 @@ class Step:
         gated = op["silu_and_mul"](wide)
         dense = op["dequantize"](self.packed, torch.float32)
         q, k = op["apply_rope"](self.q, self.k, self.positions, self.cos_sin)
-        op["write_kv_cache"](k, self.v, *self.caches, self.slots)
+        values, codes, scales = self.caches[:2], self.caches[2:4], self.caches[4:]
+        op["write_kv_cache"](k, self.v, *values, self.slots)
+        steps = (self.q, self.positions, self.cos_sin, *self.norms, 1e-6, True)
+        rotated = op["write_kv_cache"](self.k, self.v, *codes, self.slots, *steps, *scales)
         a = self.attention
         out, lse = op["paged_attention_decode"](
             q, a.k_cache, a.v_cache, a.block_table, a.seq_lens, a.softmax_scale, a.window
         )
-        return [norm, total, wide, gated, dense, q, k, out, lse, *(cache.clone() for cache in self.caches)]
+        written = [rotated, *(cache.clone() for cache in self.caches)]
+        return [norm, total, wide, gated, dense, q, k, out, lse, *written]
 
 
 def assert_same_bits(results: list[torch.Tensor], expected: list[torch.Tensor]) -> None:

@@ -24,12 +24,19 @@ def attend(change, dtype=torch.float16):
     change(a)
     run("paged_attention_decode", a.q, a.k_cache, a.v_cache, a.block_table, a.seq_lens, 1.0, None)
 
+def fused(slot=0, position=0):
+    k, table = torch.ones(1, 2, 64, device="cuda").half(), torch.ones(40, 64, device="cuda")
+    codes = [torch.zeros(3, 2, 4, 64, dtype=torch.int8, device="cuda") for _ in range(2)]
+    scales = [torch.zeros(3, 2, 4, device="cuda") for _ in range(2)]
+    at = [torch.tensor([number], device="cuda") for number in (slot, position)]
+    run("write_kv_cache", k, k, *codes, at[0], k, at[1], table, None, None, 1e-6, False, *scales)
+
 ones = torch.ones(1, 2, 8, device="cuda")
 cache = torch.zeros(3, 2, 4, 8, device="cuda")
 """
 
 CASES = {
-    "nothing wrong": "attend(lambda a: None)",
+    "nothing wrong": "attend(lambda a: None); fused()",
     "position past the table": """
         run("apply_rope", ones, ones, torch.tensor([40], device="cuda"), torch.ones(40, 8, device="cuda"))
     """,
@@ -39,6 +46,9 @@ CASES = {
     "slot past the cache": """
         run("write_kv_cache", ones, ones, cache, cache.clone(), torch.tensor([12], device="cuda"))
     """,
+    "slot past a cache of codes": "fused(slot=12)",
+    "position of a fused write": "fused(position=40)",
+    "negative position of a fused write": "fused(position=-1)",
     "length past the block table": "attend(lambda a: a.seq_lens.fill_(49))",
     "block past the cache": "attend(lambda a: a.block_table.fill_(1000))",
     "negative block": "attend(lambda a: a.block_table.fill_(-1))",

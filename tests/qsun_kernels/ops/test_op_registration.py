@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.optests.generate_tests import ALL_TEST_UTILS
 
 from qsun_kernels import (
     PackedWeight,
@@ -24,6 +25,7 @@ from qsun_kernels import (
     prepare_weight,
     rms_norm,
     rope_cache,
+    sample_tokens,
     silu_and_mul,
     use_backend,
     wna16_gate_up_silu,
@@ -32,6 +34,8 @@ from qsun_kernels import (
 )
 from qsun_kernels.ops.library import LIBRARY, is_traced
 from qsun_kernels.testing import inputs
+from qsun_kernels.testing.kv_codes import KV_KINDS, KvKind
+from qsun_kernels.testing.kv_writes import KvWrite, kv_write
 
 
 def weights(
@@ -40,6 +44,16 @@ def weights(
     spec = QuantSpec(4, 32, True) if spec is None else spec
     packed = inputs.packed_weight(inputs.generator(0), 16, 64, spec, scale_dtype=dtype, device=device)
     return packed, prepare_weight(packed, dtype=dtype, backend="torch")
+
+
+def sampling_arguments(device: torch.device) -> tuple[Tensor, ...]:
+    """What `sample_tokens` takes beside three rows of logits."""
+    settings = ([0.0, 1.0, 0.7], [0, 5, 0], [1.0, 0.9, 0.5], [0.0, 0.0, 0.1])
+    dtypes = (torch.float32, torch.int32, torch.float32, torch.float32)
+    columns = [
+        torch.tensor(one, dtype=dtype, device=device) for one, dtype in zip(settings, dtypes, strict=True)
+    ]
+    return (*columns, torch.tensor([3, 4, 5], device=device))
 
 
 def operator_arguments(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
@@ -70,6 +84,7 @@ def operator_arguments(name: str, dtype: torch.dtype, device: torch.device) -> t
         "silu_and_mul": (x,),
         "apply_rope": (q, k, positions, cos_sin),
         "write_kv_cache": (k, v, k_cache, v_cache, slots),
+        "write_kv_cache_with_q": (k, v, k_cache, v_cache, slots, q, positions, cos_sin),
         "paged_attention_decode": (case.q, k_cache, v_cache, case.block_table, case.seq_lens, 0.3, 7),
         "dequantize": (packed.qweight, packed.scales, packed.qzeros, None, 3, -1, False, 64, dtype),
         "wna16_linear": (
@@ -86,6 +101,7 @@ def operator_arguments(name: str, dtype: torch.dtype, device: torch.device) -> t
             True,
         ),
         "wna16_gate_up_silu": (x, list(gate_up.tensors), gate_up.layout, 3, -1, False, 16, 64),
+        "sample_tokens": (x, *sampling_arguments(device)),
     }
     return arguments[name]
 
@@ -96,10 +112,12 @@ NAMES = (
     "silu_and_mul",
     "apply_rope",
     "write_kv_cache",
+    "write_kv_cache_with_q",
     "paged_attention_decode",
     "dequantize",
     "wna16_linear",
     "wna16_gate_up_silu",
+    "sample_tokens",
 )
 
 
@@ -120,6 +138,57 @@ def test_opcheck_of_attention_with_all_of_it(plan: list[Tensor] | None) -> None:
     q, *middle, _ = operator_arguments("paged_attention_decode", torch.float32, torch.device("cpu"))
     arguments = (torch.cat((q, q)), *middle, None, 2.0, torch.arange(4.0), plan)
     torch.library.opcheck(torch.ops.qsun.paged_attention_decode.default, arguments)
+
+
+@pytest.mark.parametrize("kind", KV_KINDS)
+def test_opcheck_of_caches_of_codes(kind: KvKind) -> None:
+    call = kv_write(
+        inputs.generator(1), 3, dtype=torch.float32, kv=kind, heads=(4, 2), head_dim=8, block_size=2
+    )
+    k_cache, v_cache, k_scale, v_scale = (
+        # opcheck compares by value, so the caches hold no NaN here.
+        torch.zeros_like(t)
+        for t in (call.before.k_cache, call.before.v_cache, *scales_of(call))
+    )
+    if kind == "fp8-tensor":
+        k_scale, v_scale = k_scale + 0.01, v_scale + 0.01
+    head = (call.k, call.v, k_cache, v_cache, call.slot_mapping)
+    steps = (call.positions, call.cos_sin, call.k_norm, 1e-6, False, k_scale, v_scale)
+    # The check of the schema hashes its arguments with arithmetic that torch lacks for float8.
+    checks = [name for name in ALL_TEST_UTILS if not kind.startswith("fp8") or name != "test_schema"]
+    check = partial(torch.library.opcheck, test_utils=checks)
+    check(torch.ops.qsun.write_kv_cache.default, (*head, *steps))
+    steps = (call.positions, call.cos_sin, call.q_norm, call.k_norm, 1e-6, True, k_scale, v_scale)
+    check(torch.ops.qsun.write_kv_cache_with_q.default, (*head, call.q, *steps))
+    table, lengths = (
+        torch.tensor([[0, 1], [1, 2]], dtype=torch.int32),
+        torch.tensor([3, 2], dtype=torch.int32),
+    )
+    attention = (call.q[:2], k_cache, v_cache, table, lengths, 0.3, None, None, None, None, k_scale, v_scale)
+    check(torch.ops.qsun.paged_attention_decode.default, attention)
+
+
+def scales_of(call: KvWrite) -> tuple[Tensor, Tensor]:
+    assert call.before.k_scale is not None and call.before.v_scale is not None
+    return call.before.k_scale, call.before.v_scale
+
+
+def test_a_compiled_write_is_the_write() -> None:
+    call = kv_write(inputs.generator(2), 5, dtype=torch.bfloat16, kv="int4")
+
+    def write(k: Tensor, v: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, *scales: Tensor) -> Tensor:
+        return write_kv_cache(
+            *(k, v, k_cache, v_cache, call.slot_mapping),
+            **{"q": q, "positions": call.positions, "cos_sin": call.cos_sin, "q_norm": call.q_norm},
+            **{"k_norm": call.k_norm, "rotate": True, "k_scale": scales[0], "v_scale": scales[1]},
+        )
+
+    expected = call.run()
+    stored = [t.clone() for t in (call.before.k_cache, call.before.v_cache, *scales_of(call))]
+    got = torch.compile(write, backend="aot_eager", fullgraph=True)(call.k, call.v, call.q, *stored)
+    assert expected.q is not None and torch.equal(got, expected.q)
+    after = (expected.k_cache, expected.v_cache, expected.k_scale, expected.v_scale)
+    assert all(torch.equal(a, b) for a, b in zip(stored, after, strict=True))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -150,6 +219,8 @@ def decode_layer(x: Tensor, residual: Tensor, cache: tuple[Tensor, Tensor], laye
     hidden = wna16_linear(attended.view(3, 64), layer["prepared"], layer["bias"], residual[:, :16])
     gated = silu_and_mul(rms_norm(hidden, layer["norm"][:16], eps=1e-6, backend="torch"))
     gated = gated + wna16_gate_up_silu(attended.view(3, 64), layer["gate_up"])
+    tokens, valid = sample_tokens(gated, *layer["sampling"])
+    gated = gated + (tokens * valid)[:, None]
     dense = dequantize(layer["packed"], gated.dtype)
     return gated @ dense[:8, :5] + lse.sum()
 
@@ -169,6 +240,7 @@ def test_compiles_to_one_graph(dtype: torch.dtype, device: torch.device) -> None
         "packed": packed,
         "prepared": prepared,
         "gate_up": prepare_gate_up(packed, dtype=dtype, backend="torch"),
+        "sampling": sampling_arguments(device),
     }
     x, residual = (inputs.normal(source, (3, 64), dtype, device) for _ in range(2))
     caches = [torch.ones(3, 8, 4, 8, dtype=dtype, device=device) for _ in range(4)]
@@ -269,6 +341,10 @@ GRADIENT_CASES: dict[str, Callable[[Tensor], Any]] = {
     "rms_norm weight": lambda t: rms_norm(torch.ones(1, 8), t[0], eps=1e-6),
     "rms_norm residual": lambda t: rms_norm(torch.ones(1, 8), torch.ones(8), eps=1e-6, residual=t),
     "silu_and_mul x": silu_and_mul,
+    "sample_tokens logits": lambda t: sample_tokens(t.expand(3, 8), *sampling_arguments(torch.device("cpu"))),
+    "sample_tokens temperature": lambda t: sample_tokens(
+        torch.ones(3, 8), t[0, :3], *sampling_arguments(torch.device("cpu"))[1:]
+    ),
     "apply_rope q": lambda t: apply_rope(
         t.view(1, 1, 8), torch.ones(1, 1, 8), torch.zeros(1, dtype=torch.int64), torch.ones(2, 8)
     ),

@@ -60,6 +60,14 @@ def good_arguments(operator: str) -> dict[str, Any]:
         },
         "prepare_gate_up": lambda: {"packed": packed(), "dtype": F16},
         "dequantize": lambda: {"weight": packed(), "dtype": F16},
+        "sample_tokens": lambda: {
+            "logits": torch.zeros(3, 8),
+            "temperature": torch.ones(3),
+            "top_k": torch.zeros(3, dtype=torch.int32),
+            "top_p": torch.ones(3),
+            "min_p": torch.zeros(3),
+            "keys": torch.zeros(3, dtype=torch.int64),
+        },
         "prepare_weight": lambda: {"packed": packed(), "dtype": F16},
     }
     return good[operator]()
@@ -78,6 +86,7 @@ def good_arguments(operator: str) -> dict[str, Any]:
         "dequantize",
         "prepare_weight",
         "prepare_gate_up",
+        "sample_tokens",
     ],
 )
 def test_the_good_arguments_are_good(operator: str) -> None:
@@ -124,6 +133,38 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], list[str]]] = [
     ("silu_and_mul", {"x": torch.ones(3, 7)}, ValueError, ["x has shape (3, 7)", "an even last size"]),
     ("silu_and_mul", {"x": torch.ones(3, 8, dtype=torch.bool)}, TypeError, ["x has dtype torch.bool"]),
     ("silu_and_mul", {"x": strided(3, 8)}, ValueError, ["x has strides (16, 2)"]),
+    # sample_tokens
+    ("sample_tokens", {"logits": torch.zeros(8)}, ValueError, ["logits has shape (8,)", "(B, V)"]),
+    ("sample_tokens", {"logits": torch.zeros(3, 8, dtype=torch.float64)}, TypeError, ["logits has dtype"]),
+    ("sample_tokens", {"logits": strided(3, 8)}, ValueError, ["logits has strides (16, 2)"]),
+    ("sample_tokens", {"logits": torch.zeros(3, 0)}, ValueError, ["shape (3, 0)", "V from 1 to 2**22"]),
+    (
+        "sample_tokens",
+        {"logits": torch.empty(3, 2**22 + 1, dtype=F16)},
+        ValueError,
+        ["shape (3, 4194305)", "V from 1 to 2**22"],
+    ),
+    ("sample_tokens", {"temperature": 1.0}, TypeError, ["temperature is a float"]),
+    (
+        "sample_tokens",
+        {"temperature": torch.ones(4)},
+        ValueError,
+        ["temperature has shape (4,)", "(B,) = (3,)"],
+    ),
+    (
+        "sample_tokens",
+        {"top_k": torch.zeros(3, dtype=torch.int64)},
+        TypeError,
+        ["top_k has dtype torch.int64"],
+    ),
+    (
+        "sample_tokens",
+        {"top_p": torch.ones(3, device=META)},
+        ValueError,
+        ["top_p is on meta", "expected cpu"],
+    ),
+    ("sample_tokens", {"min_p": strided(3)}, ValueError, ["min_p has strides (2,)", "contiguous"]),
+    ("sample_tokens", {"keys": torch.zeros(3, dtype=torch.int32)}, TypeError, ["keys has dtype torch.int32"]),
     # apply_rope
     ("apply_rope", {"q": torch.zeros(5, 32)}, ValueError, ["q has shape (5, 32)", "(T, Hq, D)"]),
     ("apply_rope", {"q": torch.zeros(5, 4, 7)}, ValueError, ["q has shape (5, 4, 7)", "even D"]),
@@ -172,7 +213,7 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], list[str]]] = [
     ),
     (
         "write_kv_cache",
-        {"k_cache": torch.zeros(3, 2, 4, 8, dtype=torch.int8)},
+        {"k_cache": torch.zeros(3, 2, 4, 8, dtype=torch.int16)},
         TypeError,
         ["k_cache has dtype"],
     ),

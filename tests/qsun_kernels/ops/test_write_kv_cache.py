@@ -75,10 +75,10 @@ def test_the_form_without_host_reads_is_the_same_function(slots: list[int]) -> N
     before = caches(source, (2, 2, 4, 8), torch.float32, torch.device("cpu"))
     _, k, v = inputs.qkv_views(source, 4, 2, 2, 8, torch.float32)
     mapping = torch.tensor(slots)
-    all_k, all_v, all_slots = _replace_skipped(k, v, *before, mapping)
-    assert len(all_slots) == 4
     after = tuple(cache.clone() for cache in before)
-    for cache, rows in zip(after, (all_k, all_v), strict=True):
+    stored, all_slots = _replace_skipped(list(zip(after, (k, v), strict=True)), mapping)
+    assert len(all_slots) == 4
+    for cache, rows in stored:
         cache[all_slots // 4, :, all_slots % 4] = rows
     judge.judge_write_kv_cache((after[0], after[1]), before, k, v, mapping).require()
 

@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from qsun_kernels.backends.problems import PreparedWeight
+from qsun_kernels.backends.problems import KV_SCALES, PreparedWeight
 from qsun_kernels.backends.triton import paged_attention_decode as attention
 from qsun_kernels.backends.triton import paged_attention_plan as plan
 from qsun_kernels.backends.triton import wna16_linear as linear
@@ -36,6 +36,7 @@ from qsun_kernels.backends.triton import wna16_tiles as tiles
 from qsun_kernels.backends.triton.apply_rope import apply_rope
 from qsun_kernels.backends.triton.dequantize import dequantize
 from qsun_kernels.backends.triton.rms_norm import rms_norm
+from qsun_kernels.backends.triton.sample_tokens import sample_tokens
 from qsun_kernels.backends.triton.silu_and_mul import silu_and_mul
 from qsun_kernels.backends.triton.wna16_configs import choose_tiles, tuned
 from qsun_kernels.backends.triton.write_kv_cache import write_kv_cache
@@ -260,16 +261,60 @@ def attention_case(
     window: int | None = None,
     q_len: int = 1,
     extras: bool = False,
+    one_scale: bool = False,
 ) -> Callable[[], object]:
-    """Planned, run and merged. extras: with a softcap and sinks."""
+    """Planned, run and merged. extras: with a softcap and sinks. one_scale: for a cache of codes."""
     q = torch.zeros(2 * q_len, heads[0], head_dim, dtype=dtype)
-    cache = torch.zeros(4, heads[1], 16, head_dim, dtype=kv_dtype or dtype)
+    cache, scale = kv_cache_of(kv_dtype or dtype, heads[1], head_dim, one_scale=one_scale)
     table = torch.zeros(2, 16, dtype=torch.int32)
     lengths = torch.zeros(2, dtype=torch.int32)
     sinks = torch.zeros(heads[0]) if extras else None
     softcap = 30.0 if extras else None
-    arguments = (q, cache, cache, table, lengths, 0.1, window, softcap, sinks)
+    arguments = (q, cache, cache, table, lengths, 0.1, window, softcap, sinks, None, None, scale, scale)
     return lambda: attention.paged_attention_decode(*arguments)
+
+
+def kv_cache_of(
+    kv_dtype: torch.dtype, heads: int, head_dim: int, *, one_scale: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A cache and its scales, if it has any."""
+    width = head_dim // 2 if kv_dtype == torch.uint8 else head_dim
+    cache = torch.zeros(4, heads, 16, width, dtype=kv_dtype)
+    if KV_SCALES[kv_dtype] == ("none",):
+        return cache, None
+    return cache, torch.ones(1) if one_scale else torch.ones(4, heads, 16)
+
+
+def write_case(
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    *,
+    head_dim: int = 128,
+    norm: bool = True,
+    rotate: bool = True,
+    one_scale: bool = False,
+) -> Callable[[], object]:
+    """Queries, keys and values of one matrix through the steps and into the cache."""
+    q, k, v = torch.zeros(3, 48, head_dim, dtype=dtype).split((32, 8, 8), dim=1)
+    cache, scale = kv_cache_of(kv_dtype, 8, head_dim, one_scale=one_scale)
+    index = torch.zeros(3, dtype=torch.int64)
+    weight = torch.ones(head_dim, dtype=dtype) if norm else None
+    steps = (q, index, torch.zeros(8, head_dim), weight, weight, 1e-6, rotate, scale, scale)
+    return lambda: write_kv_cache(k, v, cache, cache, index, *steps)
+
+
+def code_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Caches of codes, written and read."""
+    for kv_dtype in (torch.float8_e4m3fn, torch.int8, torch.uint8):
+        yield f"write {kv_dtype} from {dtype}", write_case(dtype, kv_dtype)
+        yield f"32/8 x 128 {dtype} on {kv_dtype}", attention_case(dtype, kv_dtype=kv_dtype)
+
+
+def sampling_case(rows: int, vocabulary: int, dtype: torch.dtype) -> Callable[[], object]:
+    settings = torch.zeros(rows)
+    keys = torch.zeros(rows, dtype=torch.int64)
+    logits = torch.zeros(rows, vocabulary, dtype=dtype)
+    return lambda: sample_tokens(logits, settings, settings.int(), settings, settings, keys)
 
 
 def small_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -280,6 +325,7 @@ def small_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]
     yield "rms_norm residual", lambda: rms_norm(x, x[0], 1e-6, x)
     yield "rms_norm two passes", lambda: rms_norm(long, long[0], 1e-6, long)
     yield "silu_and_mul", lambda: silu_and_mul(long)
+    yield "sample_tokens", sampling_case(2, 128256, dtype)
     q, k = torch.zeros(3, 32, 128, dtype=dtype), torch.zeros(3, 8, 128, dtype=dtype)
     positions = torch.zeros(3, dtype=torch.int64)
     yield "apply_rope", lambda: apply_rope(q, k, positions, torch.zeros(8, 128))
@@ -302,6 +348,7 @@ def quick_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "W8 channel fp32", linear_case(8, "channel", fp32, M=3, added=True)
     yield "32/8 x 128 bf16", attention_case(bf16)
     yield "32/8 x 128 bf16, 5 tokens", attention_case(bf16, window=100, q_len=5, extras=True)
+    yield from code_cases(bf16)
     yield "9/3 x 64 fp32 on bf16", attention_case(fp32, kv_dtype=bf16, heads=(9, 3), head_dim=64)
 
 
@@ -319,6 +366,18 @@ def more_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for bits, dtype, act_order in ((3, fp16, True), (4, bf16, True), (3, fp32, False), (4, fp32, True)):
         case = linear_case(bits, 64, dtype, M=33, symmetric=False, act_order=act_order, added=True)
         yield f"W{bits} g64 {dtype} act-order={act_order} M=33", case
+    for dtype in (fp16, fp32):
+        yield from code_cases(dtype)
+    for kv_dtype, head_dim in itertools.product(
+        (torch.float8_e4m3fn, torch.int8, torch.uint8), (64, 96, 256)
+    ):
+        case = write_case(bf16, kv_dtype, head_dim=head_dim, norm=head_dim != 64, rotate=head_dim != 96)
+        yield f"write {head_dim} to {kv_dtype}", case
+        case = attention_case(bf16, kv_dtype=kv_dtype, heads=(28, 4), head_dim=head_dim, q_len=4, extras=True)
+        yield f"28/4 x {head_dim} bf16 on {kv_dtype}, 4 tokens", case
+    for case in (write_case, attention_case):
+        yield f"{case.__name__}, one scale", case(bf16, kv_dtype=torch.float8_e4m3fn, one_scale=True)
+    yield "write to bfloat16", write_case(bf16, bf16)
     for dtype, head_dim, heads, q_len in (
         (bf16, 64, (9, 3), 1),
         (fp16, 80, (32, 32), 2),
@@ -338,6 +397,7 @@ def more_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "apply_rope of one pair", lambda: apply_rope(pair, pair, position, torch.zeros(1, 2))
     cache = torch.zeros(1, 1, 1, 2, dtype=bf16)
     yield "write_kv_cache of one head", lambda: write_kv_cache(pair, pair, cache, cache, position)
+    yield "sample_tokens of one token", sampling_case(1, 1, bf16)
     yield "1/1 x 1 bf16", attention_case(bf16, heads=(1, 1), head_dim=1)
 
 
@@ -373,6 +433,7 @@ def main() -> None:
         # The tensors are on the CPU, and the launchers decide by the device.
         for module in (tiles, attention, plan):
             module.can_launch_early = lambda device, arch=arch: arch >= 90
+        attention.converts_float8 = lambda device, arch=arch: arch >= 89
         plan.multiprocessors = lambda device: H100_MULTIPROCESSORS
         for module in (tiles, rows):
             module.multiplies_by_warpgroups = lambda device, arch=arch: arch == 90

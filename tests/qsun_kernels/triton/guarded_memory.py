@@ -23,6 +23,8 @@ from qsun_kernels.backends.triton import IMPLEMENTATIONS, wna16_linear
 from qsun_kernels.backends.triton.paged_attention_decode import paged_attention_decode
 from qsun_kernels.backends.triton.paged_attention_plan import choose_rows, choose_tile, make_plan
 from qsun_kernels.testing import inputs
+from qsun_kernels.testing.kv_codes import KvKind
+from qsun_kernels.testing.kv_writes import kv_write
 
 PROT_NONE = 0
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -78,7 +80,14 @@ def linear(source: torch.Generator, bits: int, group_size: int | str, act_order:
         assert out.isfinite().all()
 
 
-def attention(source: torch.Generator, head_dim: int, block_size: int, parts: int, q_len: int) -> None:
+def attention(
+    source: torch.Generator,
+    head_dim: int,
+    block_size: int,
+    parts: int,
+    q_len: int,
+    kv: KvKind | None = None,
+) -> None:
     """The block table has no column more than the lengths need, the cache no block."""
     lengths = [2 * block_size, 1, 0, 2 * block_size - 1]
     case = inputs.paged_attention_inputs(
@@ -92,9 +101,10 @@ def attention(source: torch.Generator, head_dim: int, block_size: int, parts: in
         q_len=q_len,
         sinks=q_len > 1,
         spare_blocks=0,
+        kv=kv,
     )
     seq_lens = guarded(case.seq_lens)
-    tile = choose_tile(head_dim, torch.bfloat16, torch.bfloat16, choose_rows(3 * q_len))
+    tile = choose_tile(head_dim, torch.bfloat16, case.k_cache.dtype, choose_rows(3 * q_len))
     plan = make_plan(seq_lens, parts, tile, q_len, None)
     out, lse = paged_attention_decode(
         guarded(case.q.contiguous()),
@@ -108,8 +118,27 @@ def attention(source: torch.Generator, head_dim: int, block_size: int, parts: in
         None if case.sinks is None else guarded(case.sinks),
         None,
         (plan,),
+        None if case.k_scale is None else guarded(case.k_scale),
+        None if case.v_scale is None else guarded(case.v_scale),
     )
     assert out.isfinite().all() and not lse.isnan().any()
+
+
+def write(source: torch.Generator, kv: KvKind, head_dim: int) -> None:
+    """All steps but the rotation, for widths that no power of two is."""
+    call = kv_write(
+        source, 3, dtype=torch.bfloat16, kv=kv, heads=(3, 2), head_dim=head_dim, steps=("norm", "rope")
+    )
+    before = call.before
+    caches = [
+        guarded(cache.view(torch.uint8)).view(cache.dtype) for cache in (before.k_cache, before.v_cache)
+    ]
+    rows = [None if t is None else guarded(t.contiguous()) for t in (call.k, call.v, call.q)]
+    others = (call.slot_mapping, call.positions, call.cos_sin, call.q_norm, call.k_norm)
+    slots, *steps = (None if t is None else guarded(t) for t in others)
+    scales = [None if t is None else guarded(t) for t in (before.k_scale, before.v_scale)]
+    q = run("write_kv_cache", *rows[:2], *caches, slots, rows[2], *steps, 1e-6, False, *scales)
+    assert q.isfinite().all()
 
 
 def main() -> None:
@@ -128,6 +157,9 @@ def main() -> None:
         linear(source, bits, group_size, act_order, splits)
     for head_dim, block_size, parts, q_len in ((20, 3, 1, 1), (16, 100, 3, 1), (80, 1, 2, 2), (20, 70, 4, 7)):
         attention(source, head_dim, block_size, parts, q_len)
+    for kv, head_dim in (("fp8", 20), ("fp8-tensor", 36), ("int8", 33), ("int4", 36)):
+        attention(source, head_dim, 3, 2, 2, kv)
+        write(source, kv, head_dim - head_dim % 2)
 
     x, residual = (guarded(inputs.normal(source, (3, 130), torch.bfloat16)) for _ in range(2))
     run("rms_norm", x, guarded(torch.ones(130, dtype=torch.bfloat16)), 1e-6, residual)
@@ -137,6 +169,10 @@ def main() -> None:
     run("apply_rope", q, k, positions, guarded(torch.rand(7, 20, generator=source)))
     caches = [guarded(torch.zeros(4, 3, 2, 20, dtype=torch.float16)) for _ in range(2)]
     run("write_kv_cache", k, k, *caches, guarded(torch.tensor([7, -1, 0])))
+    logits = guarded(torch.randn(3, 130, generator=source))
+    settings = [guarded(torch.tensor(one)) for one in ([0.0, 1.0, 0.7], [0.0, 0.9, 1.0], [0.0, 0.1, 0.0])]
+    top_k = guarded(torch.tensor([0, 7, 0], dtype=torch.int32))
+    run("sample_tokens", logits, settings[0], top_k, *settings[1:], guarded(torch.arange(3)))
     print("in bounds")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from qsun_kernels.backends.problems import (
     PagedAttentionDecodeProblem,
     Problem,
     RmsNormProblem,
+    SampleTokensProblem,
     SiluAndMulProblem,
     Wna16GateUpSiluProblem,
     Wna16Problem,
@@ -42,6 +44,7 @@ def problems(device: torch.device, dtype: torch.dtype = BF16) -> list[Problem]:
         RmsNormProblem(4096, True, dtype, device),
         ApplyRopeProblem(32, 8, 128, dtype, device),
         SiluAndMulProblem(14336, dtype, device),
+        SampleTokensProblem(128256, dtype, device),
     ]
 
 
@@ -76,12 +79,25 @@ def test_it_refuses_other_dtypes_by_name(device: torch.device, dtype: torch.dtyp
         assert reason is not None and f"dtype is {dtype}" in reason and "torch.bfloat16" in reason
 
 
-def test_it_refuses_a_cache_of_another_dtype_by_name(device: torch.device) -> None:
-    attention = PagedAttentionDecodeProblem(32, 8, 128, 16, None, BF16, torch.float8_e4m3fn, device)
-    write = WriteKvCacheProblem(8, 128, 16, BF16, torch.int8, device)
-    for problem, dtype in ((attention, "float8_e4m3fn"), (write, "int8")):
-        reason = backend.IMPLEMENTATIONS[problem.operator].supports(problem)
-        assert reason is not None and f"kv_dtype is torch.{dtype}" in reason
+def test_it_takes_caches_of_codes_and_refuses_others_by_name(device: torch.device) -> None:
+    attention = PagedAttentionDecodeProblem(32, 8, 128, 16, None, BF16, torch.float8_e4m3fn, device, "tensor")
+    write = WriteKvCacheProblem(8, 128, 16, BF16, torch.uint8, device, "token", 32, True, True, True)
+    run = backend.IMPLEMENTATIONS
+    assert run["paged_attention_decode"].supports(attention) is None
+    assert run["write_kv_cache"].supports(write) is None
+    assert (
+        run["write_kv_cache"]
+        .describe(write)
+        .startswith("write_kv_cache_steps_kernel: norm, rope, rotation, quantisation and append")
+    )
+    for problem, says in (
+        (replace(attention, kv_dtype=torch.int16), "kv_dtype is torch.int16"),
+        (replace(attention, kv_scales="none"), "kv_scales is none, expected token or tensor"),
+        (replace(write, kv_dtype=torch.float16), "kv_scales is token, expected none"),
+        (replace(write, head_dim=66), "head_dim is 66, expected a multiple of 4"),
+    ):
+        reason = run[problem.operator].supports(problem)
+        assert reason is not None and says in reason
 
 
 def test_it_refuses_other_devices() -> None:

@@ -26,11 +26,13 @@ KERNELS = {
     "paged_attention_merge_kernel",
     "paged_attention_plan_kernel",
     "rms_norm_kernel",
+    "sample_tokens_kernel",
     "silu_and_mul_kernel",
     "wna16_combine_kernel",
     "wna16_linear_kernel",
     "wna16_rows_kernel",
     "write_kv_cache_kernel",
+    "write_kv_cache_steps_kernel",
 }
 
 PRODUCTS = {"paged_attention_decode_kernel", "wna16_linear_kernel", "wna16_rows_kernel"}

@@ -112,6 +112,16 @@ inline int atomicAdd(int* address, int value) {
   *address = before + value;
   return before;
 }
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  const unsigned before = *address;
+  *address = before + value;
+  return before;
+}
+inline unsigned atomicMax(unsigned* address, unsigned value) {
+  const unsigned before = *address;
+  *address = before < value ? value : before;
+  return before;
+}
 inline void __threadfence() {}
 
 template <typename T>
@@ -153,11 +163,20 @@ inline float __fdividef(float x, float y) {
   const bool large = std::fabs(y) > 0x1p126f && std::isfinite(y);
   return large ? x * 0.0f : x / y;
 }
+// Never fused with a neighbour; the compiler here has no fused instruction to use.
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __expf(float x) { return std::exp(x); }
+inline float __logf(float x) { return std::log(x); }
+
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(uint64_t{a} * b >> 32); }
+inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value)); }
 
 using std::isfinite;
+using std::isinf;
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
+inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
 
 // ---- what the host calls
 

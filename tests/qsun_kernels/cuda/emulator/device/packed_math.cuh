@@ -56,6 +56,11 @@ inline uint32_t mask_or(uint32_t word) {
   return (word & kMask) | kBits;
 }
 
+template <uint32_t kMask, uint32_t kBits>
+inline uint32_t mask_xor(uint32_t word) {
+  return (word & kMask) ^ kBits;
+}
+
 inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   return __byte_perm(low, high, selector);
 }

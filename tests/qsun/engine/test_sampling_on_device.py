@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from qsun.core import SamplingParams
-from qsun.engine.device_sampler import sample_tokens
 from qsun.engine.noise import STATE_STEP, mix_states, row_key, row_state
 from qsun.engine.sampler import SamplerRow, needs_host, sample
+from qsun_kernels import sample_tokens
 
 KINDS = (
     dict(temperature=0.0),

@@ -1,0 +1,22 @@
+// The two kernels behind write_kv_cache, for the file that chooses between them.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "qsun/write_kv_cache.h"
+
+namespace qsun {
+
+constexpr int kKvWarps = 4;                // of a block of write_kv_heads_kernel
+constexpr int64_t kMaxKvHeadBytes = 1024;  // of one head: 32 lanes with two vectors of 16 bytes
+
+// Lanes of a warp that share a head: a power of two, so that shuffles stay among them.
+int lanes_of_head(int64_t head_dim, int64_t element_bytes);
+
+// Tiles of heads of one token, a warp each: those of q, of k and of v have their own.
+int64_t head_tiles(int64_t num_heads, int lanes);
+
+cudaError_t launch_write_kv_copy(const WriteKvCacheParams& p, const WriteKvCacheConfig& config);
+cudaError_t launch_write_kv_heads(const WriteKvCacheParams& p, const WriteKvCacheConfig& config);
+
+}  // namespace qsun
