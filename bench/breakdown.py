@@ -1,8 +1,9 @@
 """Where the time of a step goes, by operator, from torch's profiler.
 
-On a GPU every kernel of a replayed graph is in the trace: its name tells the operator, its time is its own,
-and what no kernel fills lies between launches. Kernels that start while the one before them drains overlap,
-so their times may add up to more than the time in which the device was busy; both are told.
+On a GPU every kernel of a replayed graph is in the trace, and its name tells the operator. A kernel may start
+while the one before it still runs, and wait for it: its time is what it adds, from the end of those that
+started before it to its own. So times add up to that in which the device was busy; what no kernel fills lies
+between launches.
 
 On a CPU there are no launches to see. There the profiler's Python frames are taken instead: the time in a
 frame of `qsun_kernels/ops/NAME.py` is the operator's, less what another named frame inside it takes. Tracing
@@ -29,7 +30,7 @@ BETWEEN = "between"
 _KERNELS: Sequence[tuple[str, str]] = (
     (r"paged_attention_plan", "plan_paged_attention"),
     (r"paged_attention", "paged_attention_decode"),
-    (r"write_kv_cache|hadamard", "write_kv_cache"),
+    (r"write_kv|hadamard", "write_kv_cache"),
     (r"wna16|dequantize_kernel", "wna16_linear"),
     (r"rms_norm", "rms_norm"),
     (r"rope", "apply_rope"),
@@ -47,14 +48,14 @@ _FRAMES: Sequence[tuple[str, str]] = (
     (r"(?:^|/)qsun_kernels/ops/(\w+)\.py\(\d+\): \1$", r"\1"),
     (r"(?:^|/)qsun/engine/\w*sampl\w*\.py\(\d+\): ", "sampling"),
     (r"(?:^|/)qsun/layers/linear\.py\(\d+\): __call__$", "linear"),
-    (r"(?:^|/)qsun/modules/decode\.py\(\d+\): logits$", _LM_HEAD),
+    (r"(?:^|/)qsun/modules/decode\.py\(\d+\): (?:raw_)?logits$", _LM_HEAD),
     (r"(?:^|/)qsun/modules/decode\.py\(\d+\): embed$", "embedding"),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """An operator's part of a step: microseconds, and launches (calls on a CPU)."""
+    """An operator's part of a step: microseconds that it adds, and launches (calls on a CPU)."""
 
     operator: str
     us: float
@@ -132,8 +133,9 @@ def of_kernels(events: Iterable[Mapping[str, Any]], steps: int) -> Breakdown:
     parts: dict[str, list[float]] = {}
     busy, end = 0.0, launches[0][0]
     for start, duration, name in launches:
-        parts.setdefault(operator_of_kernel(name), []).append(duration)
-        busy += max(0.0, start + duration - max(start, end))
+        added = max(0.0, start + duration - max(start, end))
+        parts.setdefault(operator_of_kernel(name), []).append(added)
+        busy += added
         end = max(end, start + duration)
     return Breakdown((end - launches[0][0]) / steps, busy / steps, _shares(parts, steps))
 

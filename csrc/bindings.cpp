@@ -523,18 +523,19 @@ void bind_write_kv_cache(py::module_& m) {
 void bind_fused(py::module_& m) {
   printable<qsun::RmsNormConfig>(m, "RmsNormConfig", "How rms_norm is launched.")
       .def_readonly("width", &qsun::RmsNormConfig::width)
-      .def_readonly("threads", &qsun::RmsNormConfig::threads);
+      .def_readonly("threads", &qsun::RmsNormConfig::threads)
+      .def_readonly("overlaps_producer", &qsun::RmsNormConfig::overlaps_producer);
   m.def(
       "choose_rms_norm",
-      [](uintptr_t x, int64_t hidden_size, int64_t x_stride, int dtype) {
+      [](uintptr_t x, int64_t hidden_size, int64_t x_stride, int dtype, const qsun::DeviceProps& props) {
         qsun::RmsNormParams p;
         p.x = pointer(x);
         p.hidden_size = hidden_size;
         p.x_stride = x_stride;
         p.dtype = static_cast<qsun::DType>(dtype);
-        return qsun::choose(p);
+        return qsun::choose(p, props);
       },
-      "x"_a, "hidden_size"_a, "x_stride"_a, "dtype"_a);
+      "x"_a, "hidden_size"_a, "x_stride"_a, "dtype"_a, "props"_a);
   m.def(
       "rms_norm",
       [](uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t out, uintptr_t residual_out,

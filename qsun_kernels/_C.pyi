@@ -108,6 +108,8 @@ class RmsNormConfig:
     def width(self) -> int: ...
     @property
     def threads(self) -> int: ...
+    @property
+    def overlaps_producer(self) -> bool: ...
 
 class SampleTokensConfig:
     @property
@@ -382,7 +384,9 @@ def write_kv_cache(
     device: int,
     stream: int,
 ) -> None: ...
-def choose_rms_norm(x: int, hidden_size: int, x_stride: int, dtype: int) -> RmsNormConfig: ...
+def choose_rms_norm(
+    x: int, hidden_size: int, x_stride: int, dtype: int, props: DeviceProps
+) -> RmsNormConfig: ...
 def rms_norm(
     x: int,
     residual: int,

@@ -1,12 +1,14 @@
 // Root-mean-square norm of rows, with an optional residual added first.
 //
-// One block a row. The first pass reads x (and the residual), writes r and sums its squares; the second
-// scales the row. The second pass reads back what the same thread wrote or read in the first, out of the
-// cache: rows are a few KB, so this costs less than it would to hold rows of any length in registers.
+// One block a row: r = x (+ residual) is written and its squares are summed, then the row is scaled. Decode
+// has few rows, so latency decides. The weight is asked for together with x, not after the sum, since a step
+// reads it once and finds it in no cache. Rows of up to two vectors a thread stay in registers; of longer
+// ones each thread reads back what it wrote or read itself.
 #include "qsun/rms_norm.h"
 
 #include <algorithm>
 
+#include "device/dependent_launch.cuh"
 #include "device/dtype.cuh"
 #include "device/inverse_root.cuh"
 #include "device/reduce.cuh"
@@ -16,6 +18,13 @@
 #include "runtime/launch.h"
 
 namespace qsun {
+
+namespace {
+
+constexpr int kMaxThreads = 1024;
+constexpr int kHeld = 2;  // vectors of the row in a thread's registers
+
+}  // namespace
 
 std::string to_string(const RmsNormParams& p) {
   return Fields()
@@ -27,64 +36,104 @@ std::string to_string(const RmsNormParams& p) {
 }
 
 std::string to_string(const RmsNormConfig& c) {
-  return Fields().add("width", c.width).add("threads", c.threads).str();
+  return Fields()
+      .add("width", c.width)
+      .add("threads", c.threads)
+      .add("overlaps_producer", c.overlaps_producer)
+      .str();
 }
 
-RmsNormConfig choose(const RmsNormParams& p) {
+RmsNormConfig choose(const RmsNormParams& p, const DeviceProps& device) {
   const int64_t bytes = size_of(p.dtype);
   const bool is_wide = wide({p.x, p.residual, p.weight, p.out, p.residual_out},
                             {p.hidden_size * bytes, p.x_stride * bytes, p.residual_stride * bytes});
   RmsNormConfig config;
   config.width = is_wide ? static_cast<int>(16 / bytes) : 1;
-  // Two loads a thread at most while the block can grow: decode has few rows, so latency decides.
+  // As many loads a thread as stay in registers, while the block can grow
   const int64_t loads = ceil_div(p.hidden_size, config.width);
-  config.threads = static_cast<int>(std::clamp<int64_t>(ceil_div(ceil_div(loads, 2), 32) * 32, 32, 1024));
+  config.threads =
+      static_cast<int>(std::clamp<int64_t>(ceil_div(ceil_div(loads, kHeld), 32) * 32, 32, kMaxThreads));
+  config.overlaps_producer = device.compute_major >= 9;
   return config;
 }
 
 namespace {
 
-constexpr int kMaxThreads = 1024;
+// A vector of r at h, written where there is a residual.
+template <typename T, int kSize>
+__device__ __forceinline__ Vector<T, kSize> residual_stream(const RmsNormParams& p, int64_t row, int64_t h) {
+  Vector<T, kSize> r = load<kSize>(static_cast<const T*>(p.x) + row * p.x_stride + h);
+  if (p.residual == nullptr) return r;
+  const Vector<T, kSize> added = load<kSize>(static_cast<const T*>(p.residual) + row * p.residual_stride + h);
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) r.data[i] = from_float<T>(to_float(r.data[i]) + to_float(added.data[i]));
+  store(static_cast<T*>(p.residual_out) + row * p.hidden_size + h, r);
+  return r;
+}
 
 template <typename T, int kSize>
-__global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(RmsNormParams p) {
+__device__ __forceinline__ float with_squares(const Vector<T, kSize>& r, float sum) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) sum = fmaf(to_float(r.data[i]), to_float(r.data[i]), sum);
+  return sum;
+}
+
+template <typename T, int kSize>
+__device__ __forceinline__ void store_scaled(T* out, Vector<T, kSize> r, const Vector<T, kSize>& weight,
+                                             const InverseRoot& scale) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    r.data[i] = from_float<T>(scale.times(to_float(r.data[i]), to_float(weight.data[i])));
+  }
+  store(out, r);
+}
+
+// kHolds: the row stays in registers, kHeld vectors a thread.
+template <typename T, int kSize, bool kHolds>
+__global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const __grid_constant__ RmsNormParams p) {
+  launch_dependents();
+  wait_for_producers();
+
   // Rows
   const int64_t row = blockIdx.x;
-  const auto* x = static_cast<const T*>(p.x) + row * p.x_stride;
-  const auto* residual = static_cast<const T*>(p.residual) + row * p.residual_stride;
   const auto* weight = static_cast<const T*>(p.weight);
   auto* out = static_cast<T*>(p.out) + row * p.hidden_size;
-  auto* residual_out = static_cast<T*>(p.residual_out) + row * p.hidden_size;
-  const bool has_residual = p.residual != nullptr;
   const int64_t step = static_cast<int64_t>(blockDim.x) * kSize;
   const int64_t first = static_cast<int64_t>(threadIdx.x) * kSize;
+  const auto inverse_root = [&](float squares) {
+    return InverseRoot(block_sum(squares) / static_cast<float>(p.hidden_size) + p.eps);
+  };
 
-  // Residual and sum of squares
-  float squares = 0.0f;
-  for (int64_t h = first; h < p.hidden_size; h += step) {
-    Vector<T, kSize> r = load<kSize>(x + h);
-    if (has_residual) {
-      const Vector<T, kSize> added = load<kSize>(residual + h);
+  if constexpr (kHolds) {
+    Vector<T, kSize> weights[kHeld], held[kHeld];
 #pragma unroll
-      for (int i = 0; i < kSize; ++i)
-        r.data[i] = from_float<T>(to_float(r.data[i]) + to_float(added.data[i]));
-      store(residual_out + h, r);
+    for (int i = 0; i < kHeld; ++i) {
+      if (first + i * step < p.hidden_size) weights[i] = load<kSize>(weight + first + i * step);
     }
+    float squares = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) squares = fmaf(to_float(r.data[i]), to_float(r.data[i]), squares);
-  }
-  const float mean = block_sum(squares) / static_cast<float>(p.hidden_size);
-  const InverseRoot scale(mean + p.eps);
-
-  // Scale; every thread reads what it wrote or read itself, so no thread waits for another.
-  const T* source = has_residual ? residual_out : x;
-  for (int64_t h = first; h < p.hidden_size; h += step) {
-    Vector<T, kSize> r = load<kSize>(source + h);
-    const Vector<T, kSize> w = load_readonly<kSize>(weight + h);
+    for (int i = 0; i < kHeld; ++i) {
+      if (first + i * step >= p.hidden_size) continue;
+      held[i] = residual_stream<T, kSize>(p, row, first + i * step);
+      squares = with_squares(held[i], squares);
+    }
+    const InverseRoot scale = inverse_root(squares);
 #pragma unroll
-    for (int i = 0; i < kSize; ++i)
-      r.data[i] = from_float<T>(scale.times(to_float(r.data[i]), to_float(w.data[i])));
-    store(out + h, r);
+    for (int i = 0; i < kHeld; ++i) {
+      if (first + i * step >= p.hidden_size) continue;
+      store_scaled(out + first + i * step, held[i], weights[i], scale);
+    }
+  } else {
+    float squares = 0.0f;
+    for (int64_t h = first; h < p.hidden_size; h += step) {
+      squares = with_squares(residual_stream<T, kSize>(p, row, h), squares);
+    }
+    const InverseRoot scale = inverse_root(squares);
+    const T* source = p.residual != nullptr ? static_cast<const T*>(p.residual_out) + row * p.hidden_size
+                                            : static_cast<const T*>(p.x) + row * p.x_stride;
+    for (int64_t h = first; h < p.hidden_size; h += step) {
+      store_scaled(out + h, load<kSize>(source + h), load<kSize>(weight + h), scale);
+    }
   }
 }
 
@@ -105,12 +154,20 @@ Status check(const RmsNormParams& p) {
 Status rms_norm(const RmsNormParams& p) {
   if (Status status = check(p); !status.ok()) return status;
   if (p.num_rows == 0) return {};
+  DeviceProps props;
+  if (Status status = device_props(p.device, &props); !status.ok()) return status;
   return run_on_device("rms_norm", p, [&] {
-    const RmsNormConfig config = choose(p);
+    const RmsNormConfig config = choose(p, props);
+    LaunchOptions options;
+    options.overlaps_producer = config.overlaps_producer;
+    const bool holds = p.hidden_size <= int64_t{kHeld} * config.width * config.threads;
     return with_type(p.dtype, [&](auto tag) {
       using T = typename decltype(tag)::type;
-      auto* kernel = config.width == 1 ? rms_norm_kernel<T, 1> : rms_norm_kernel<T, kWidth<T>>;
-      return launch(kernel, dim3(p.num_rows), dim3(config.threads), p.stream, p);
+      auto* kernel = config.width == 1 ? rms_norm_kernel<T, 1, false>
+                     : holds           ? rms_norm_kernel<T, kWidth<T>, true>
+                                       : rms_norm_kernel<T, kWidth<T>, false>;
+      return launch_with(options, kernel, dim3(static_cast<unsigned>(p.num_rows)), dim3(config.threads),
+                         p.device, p.stream, p);
     });
   });
 }

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <string>
 
+#include "qsun/device.h"
 #include "qsun/status.h"
 #include "qsun/types.h"
 
@@ -32,11 +33,12 @@ QSUN_API std::string to_string(const RmsNormParams& params);
 struct RmsNormConfig {
   int width = 1;     // elements a load: 16 bytes' worth, or 1 where a base or a stride is not 16-byte aligned
   int threads = 32;  // of the block that handles a row
+  bool overlaps_producer = false;  // begins while the kernel before it still runs; needs sm_90
 };
 QSUN_API std::string to_string(const RmsNormConfig& config);
 
 // Pure: looks at the alignment of the pointers, never at what they point to.
-QSUN_API RmsNormConfig choose(const RmsNormParams& params);
+QSUN_API RmsNormConfig choose(const RmsNormParams& params, const DeviceProps& props);
 
 QSUN_API Status rms_norm(const RmsNormParams& params);
 

@@ -201,7 +201,7 @@ class Runner:
 
 
 def _decode_step(decode: DecodeModule, token_ids: Tensor, ctx: ForwardContext, kv_cache: KVCache) -> Tensor:
-    return decode.head(decode.stack.forward(decode.embed(token_ids), ctx, kv_cache))
+    return decode.raw_logits(decode.stack.forward(decode.embed(token_ids), ctx, kv_cache))
 
 
 def step_memory(

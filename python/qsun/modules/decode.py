@@ -93,9 +93,13 @@ class DecodeModule:
         """Hidden states (T, H) of token ids int64 or int32 (T,)."""
         return functional.embedding(token_ids, self.embed_tokens)
 
+    def raw_logits(self, hidden: Tensor) -> Tensor:
+        """(n, V) in the module's dtype, which is what the sampler reads, of final hidden states (n, H)."""
+        return self.head(hidden)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits float32 (T, V) of hidden states (T, H) after the final norm of any module's stack."""
-        return self.head(hidden).float()
+        return self.raw_logits(hidden).float()
 
     @property
     def lm_head_bits(self) -> int:

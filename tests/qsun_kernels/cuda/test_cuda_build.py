@@ -90,7 +90,7 @@ def test_errors_without_a_gpu_are_clean(extension) -> None:
     script = """
 from qsun_kernels import _C
 from qsun_kernels.errors import KernelLaunchError
-for ask in (lambda: _C.device_info(0), lambda: _C.rms_norm(16, 0, 16, 16, 0, 2, 64, 64, 0, 1e-5, 1, 0, 0),
+for ask in (lambda: _C.device_info(0), lambda: _C.silu_and_mul(16, 16, 2, 64, 128, 1, 0, 0),
             lambda: _C.wna16_linear(16, 16, 16, 0, 0, 0, 0, 16, 1, 32, 32, 32, 0, 32, 4, 32, 0, 0, 0)):
     try:
         ask()
@@ -104,7 +104,7 @@ for ask in (lambda: _C.device_info(0), lambda: _C.rms_norm(16, 0, 16, 16, 0, 2, 
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["RuntimeError", "KernelLaunchError", "KernelLaunchError"]
     assert all(NO_DRIVER.search(line) for line in lines), done.stdout
-    assert "num_rows=2 hidden_size=64" in lines[1] and "M=1 N=32 K=32 bits=4" in lines[2]
+    assert "num_rows=2 size=64" in lines[1] and "M=1 N=32 K=32 bits=4" in lines[2]
 
 
 # ---- which kernel, which grid
@@ -141,13 +141,16 @@ def test_every_weight_row_has_a_warp(extension, h100, N) -> None:
         assert config.tile_m * config.grid_m >= M
 
 
-def test_choose_rms_norm(extension) -> None:
+def test_choose_rms_norm(extension, h100, a100) -> None:
     half = 1
-    assert repr(extension.choose_rms_norm(4096, 4096, 4096, half)) == "RmsNormConfig(width=8 threads=256)"
-    assert extension.choose_rms_norm(4096, 576, 576, half).threads == 64
-    assert extension.choose_rms_norm(4096, 10**6, 10**6, half).threads == 1024
+    choose = extension.choose_rms_norm
+    expected = "RmsNormConfig(width=8 threads=256 overlaps_producer=1)"
+    assert repr(choose(4096, 4096, 4096, half, h100)) == expected
+    assert choose(4096, 576, 576, half, h100).threads == 64
+    assert choose(4096, 10**6, 10**6, half, h100).threads == 1024
     for unaligned in ((4098, 4096, 4096), (4096, 4095, 4096), (4096, 4096, 4097)):
-        assert extension.choose_rms_norm(*unaligned, half).width == 1
+        assert choose(*unaligned, half, h100).width == 1
+    assert not choose(4096, 4096, 4096, half, a100).overlaps_producer
 
 
 def test_choose_write_kv_cache(extension, h100) -> None:
