@@ -29,10 +29,14 @@ class Answer:
             request.params, request.seed, self.sequence.tokens, self.sequence.num_prompt, self.end_ids
         )
 
-    def is_over(self, token: int) -> bool:
-        """Whether the token just appended to the sequence ends the request, whatever its text is."""
+    def may_end(self, token: int) -> bool:
+        """Whether the token just appended to the sequence may end the request.
+
+        Where there are stop strings only its text can tell, which is not looked at.
+        """
         request, count = self.sequence.request, self.sequence.num_output
-        return count >= request.max_tokens or (token in self.end_ids and count > request.params.min_tokens)
+        ends = token in self.end_ids and count > request.params.min_tokens
+        return ends or count >= request.max_tokens or bool(request.params.stop)
 
     def token(self, token: int, logprobs: TokenLogprobs | None) -> StepOutput:
         """Take in the token just appended to the sequence.  The output says whether it ends the request."""

@@ -132,4 +132,11 @@ class RequestBook:
         return outputs
 
     def _compute(self) -> list[StepOutput]:
-        return self._executor.step() if self.answers else []
+        if not self.answers:
+            return []
+        try:
+            return self._executor.step()
+        except BaseException:
+            # The call returns nothing: what it had to tell waits like all else that was not told.
+            self._outbox.put(self._executor.take_outputs())
+            raise

@@ -157,7 +157,6 @@ class DecodeInputs:
         self._row_of[sequence] = row
         self._sequences[row] = sequence
         self._active[row] = self._active32[row] = 1
-        self._filled[row] = (sequence.block_ids, 0)
         params = sequence.request.params
         settings = (params.temperature, 0.0, params.top_p, params.min_p)
         if not params.greedy:
@@ -167,10 +166,12 @@ class DecodeInputs:
         self._host_settings[:, row] = torch.tensor(settings, dtype=torch.float64).float()
         self._host_settings[1].view(torch.int32)[row] = min(params.top_k, _MOST_TOP_K)
         self._settings_changed = True
+        # Last: a row that an interruption has left half filled is filled again.
+        self._filled[row] = (sequence.block_ids, 0)
 
     def vacate(self, sequence: Sequence) -> None:
         """The row of a sequence, if it has one, is padding from the next step on."""
-        row = self._row_of.pop(sequence, None)
+        row = self._row_of.get(sequence)
         if row is None:
             return
         self._sequences[row] = None
@@ -180,6 +181,8 @@ class DecodeInputs:
         self._slots[row] = -1
         self._active[row] = self._active32[row] = 0
         self._left[:, row] = _FAR
+        # Last: until then an interruption leaves the row to the next call, for it must not write any more.
+        del self._row_of[sequence]
         self._members = None
 
     def _fill(self) -> None:

@@ -139,6 +139,8 @@ class Scheduler:
             if sequence.state == "finished":
                 continue
             oldest = sequence is next(iter(self.live.values()))
+            if sequence.state == "decoding" and sequence.awaits_prefill_logits:
+                self._restart(sequence)
             if sequence.state in ("queued", "swapped"):
                 # When one cannot enter, later ones wait as well: letting them by would starve it.
                 admitting = admitting and self._admit(sequence, oldest)
@@ -310,6 +312,13 @@ class Scheduler:
         victim.num_preemptions += 1
         self._gave_way.add(victim)
         return True
+
+    def _restart(self, sequence: Sequence) -> None:
+        """Begin a prompt again whose logits, and with them the first token, an interruption has lost."""
+        self.tables.release(sequence)
+        self._holding.remove(sequence)
+        sequence.num_computed = 0
+        sequence.state = "queued"
 
     def _lose(self, sequence: Sequence, why: str | None = None) -> None:
         if why is None:

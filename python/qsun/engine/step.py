@@ -133,7 +133,7 @@ class StepExecutor:
 
     def _launch(self) -> _Launched | None:
         """Plan a step and launch it, with nothing else under way; None when there is nothing to compute."""
-        self._tell_ended()
+        self._tell_untold(ends_only=True)
         batch = self.workspace.scheduler.schedule()
         for lost in self.workspace.scheduler.ended():
             self._lose(lost)
@@ -247,23 +247,22 @@ class StepExecutor:
 
     def _draw_by_host(self, launched: _Launched) -> dict[Sequence, tuple[int, TokenLogprobs | None]]:
         """Tokens, with log-probabilities, of the rows that only the host can draw; -1 is no valid token."""
-        parts: list[Tensor] = []
+        parts: list[tuple[Tensor, list[int]]] = []
         drawing = [(sequence, row) for sequence, row in launched.by_host if sequence.state != "finished"]
         if drawing:
             assert launched.decode is not None
-            logits = launched.decode.logits
-            parts.append(logits[torch.tensor([row for _, row in drawing], device=logits.device)].float())
+            parts.append((launched.decode.logits, [row for _, row in drawing]))
         sequences = [sequence for sequence, _ in drawing]
         if launched.first_logits is not None:
             going_on = [i for i, sequence in enumerate(launched.first) if sequence.state != "finished"]
             sequences += [launched.first[i] for i in going_on]
-            logits = launched.first_logits
-            parts.append(logits[torch.tensor(going_on, dtype=torch.int64, device=logits.device)])
+            parts.append((launched.first_logits, going_on))
         if not sequences:
             return {}
         answers = [self.answers[sequence.request_id] for sequence in sequences]
         try:
-            drawn = sample(torch.cat(parts), [answer.sampler_row() for answer in answers])
+            logits = torch.cat([_rows(part, rows) for part, rows in parts])
+            drawn = sample(logits, [answer.sampler_row() for answer in answers])
         except Exception as failure:
             self._fail(sequences, "sampling, or the forward pass before it,", failure)
             return {}
@@ -278,19 +277,21 @@ class StepExecutor:
         self.workspace.scheduler.token_done(sequence, token)
         self._untold.append((answer, token, logprobs))
 
-    def _tell_ended(self) -> None:
-        """Tell of the tokens that certainly end their requests, so that these are not scheduled again."""
-        untold, self._untold = self._untold, []
-        for item in untold:
-            if item[0].is_over(item[1]):
-                self.tell(*item)
-            else:
-                self._untold.append(item)
+    def _tell_untold(self, *, ends_only: bool = False) -> None:
+        """Tell of the tokens appended to sequences, each once, whatever interrupts this.
 
-    def _tell_untold(self) -> None:
-        untold, self._untold = self._untold, []
-        for item in untold:
-            self.tell(*item)
+        ends_only: only of those that may end their requests: one that has ended takes no blocks from others
+        in the step that is planned next.
+        """
+        index = 0
+        # The list may shrink meanwhile: before a failure is told, all else is (`_fail`).
+        while index < len(self._untold):
+            answer, token, logprobs = self._untold[index]
+            if ends_only and not answer.may_end(token):
+                index += 1
+            else:
+                del self._untold[index]
+                self.tell(answer, token, logprobs)
 
     def tell(self, answer: Answer, token: int, logprobs: TokenLogprobs | None) -> None:
         """Tell of a token just appended to a sequence, which it may end."""
@@ -343,3 +344,8 @@ class StepExecutor:
         else:
             counters.finished += 1
         return self.answers.pop(sequence.request_id).ended()
+
+
+def _rows(logits: Tensor, rows: list[int]) -> Tensor:
+    """float32 (len(rows), V) of logits (n, V)."""
+    return logits[torch.tensor(rows, dtype=torch.int64, device=logits.device)].float()

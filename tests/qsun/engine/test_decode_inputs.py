@@ -260,3 +260,42 @@ def test_padding_rows_change_nothing(decode_module) -> None:
     # Blocks nobody holds are as they were; the rest was written again with the same values.
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5, equal_nan=True)
     assert after.isnan().sum() == before.isnan().sum()
+
+
+def test_a_row_whose_entering_was_interrupted_is_filled_again(monkeypatch) -> None:
+    """Else it would keep the parameters of whoever had it before."""
+    inputs = DecodeInputs(4, 3, 4, CPU)
+    params = SamplingParams(temperature=0.5, top_k=3)
+    sampled = sequence_of([1, 2], [4], params=params)
+
+    class Interrupting(SamplingParams):
+        @property
+        def greedy(self) -> bool:
+            raise KeyboardInterrupt
+
+    object.__setattr__(sampled.request, "params", Interrupting(temperature=0.5, top_k=3))
+    with pytest.raises(KeyboardInterrupt):
+        place(inputs, [sampled], 1)
+    object.__setattr__(sampled.request, "params", params)
+    place(inputs, [sampled], 1)
+    temperature, top_k, *_ = inputs.sampling(1)
+    assert (temperature.tolist(), top_k.tolist()) == ([0.5], [3])
+
+
+def test_a_row_whose_leaving_was_interrupted_is_emptied_again() -> None:
+    """Else it would go on to write into blocks that are another's by then."""
+    inputs = DecodeInputs(4, 3, 4, CPU)
+    a, b = sequence_of([1, 2, 3], [9]), sequence_of([4, 5, 6], [3], "s")
+    place(inputs, [a, b], 2)
+    right = inputs._filled
+
+    class Interrupting(list):
+        def __setitem__(self, *_) -> None:
+            raise KeyboardInterrupt
+
+    inputs._filled = Interrupting(right)
+    with pytest.raises(KeyboardInterrupt):
+        inputs.vacate(b)
+    inputs._filled = right
+    place(inputs, [a], 2)
+    assert state(inputs, 2)[1:4] == ([2, 0], [38, -1], [3, 0])
