@@ -25,7 +25,8 @@ from qsun_kernels.backends import cuda, reference
 from qsun_kernels.quant import QuantSpec
 from qsun_kernels.testing import inputs
 from qsun_kernels.testing import judge as judges
-from qsun_kernels.testing.coded_cache import KINDS, code_cache
+from qsun_kernels.testing.coded_cache import code_cache
+from qsun_kernels.testing.kv_codes import KV_KINDS
 from qsun_kernels.testing.tolerances import Comparison, compare_bits
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -91,7 +92,7 @@ def attention() -> Iterator[tuple[str, Comparison]]:
 
 def coded_attention() -> Iterator[tuple[str, Comparison]]:
     """Every kind of codes, head width and number of warps; scales that nobody may look at are NaN."""
-    for kind in KINDS:
+    for kind in KV_KINDS:
         for head_dim in (64, 128, 256):
             for group, q_len in ((3, 1), (8, 2), (8, 8)):
                 source = inputs.generator(group)

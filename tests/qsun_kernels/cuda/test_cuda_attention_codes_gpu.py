@@ -13,9 +13,10 @@ from qsun_kernels.backends.cuda import attention, library
 from qsun_kernels.backends.problems import PagedAttentionDecodeProblem
 from qsun_kernels.errors import KernelLaunchError
 from qsun_kernels.testing import inputs
-from qsun_kernels.testing.coded_cache import KINDS, CodedCache, code_cache, values_of
+from qsun_kernels.testing.coded_cache import CodedCache, code_cache
 from qsun_kernels.testing.inputs import PagedAttentionInputs
 from qsun_kernels.testing.judge import judge_paged_attention_decode
+from qsun_kernels.testing.kv_codes import KV_KINDS, dequantised
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -71,7 +72,7 @@ def problem_of(
     return Problem(judged, k, v)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KV_KINDS)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("head_dim", (64, 128, 256))
 def test_every_head_width_and_group(kernels, dtype, head_dim, kind) -> None:
@@ -92,7 +93,7 @@ def test_every_head_width_and_group(kernels, dtype, head_dim, kind) -> None:
         assert result.ok, f"group {group}: {result.report}"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KV_KINDS)
 @pytest.mark.parametrize("part", range(4))
 def test_random_problems(kernels, part, kind) -> None:
     for seed in range(kernels.pick(40, 8)):
@@ -130,7 +131,7 @@ def test_random_problems(kernels, part, kind) -> None:
         assert result.ok, f"seed {1000 * part + seed}, lengths {lengths}: {result.report}"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KV_KINDS)
 @pytest.mark.parametrize("q_len", (1, 2, 5, 8))
 def test_lengths_at_the_edges_of_slices(kernels, kind, q_len) -> None:
     """A query token may come before position 0, alone see a slice, or share 128 query rows."""
@@ -151,7 +152,7 @@ def test_lengths_at_the_edges_of_slices(kernels, kind, q_len) -> None:
         problem.judge(problem.run()).require()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KV_KINDS)
 @pytest.mark.parametrize("window", (1, 16, 31, 63, 64, 65))
 def test_windows_softcaps_and_sinks(kernels, kind, window) -> None:
     """Before a window scales are NaN, also where four of them are copied at once."""
@@ -190,15 +191,15 @@ def of_one_token(kind: str, dtype: torch.dtype, head_dim: int, device) -> Proble
     if kind == "int4":
         every = every[:, 0::2] | every[:, 1::2] << 4
     v.cache.view(torch.uint8)[blocks, 0, 0] = every
-    if kind == "fp8_tensor":
+    if kind == "fp8-tensor":
         v.scale.fill_(0.37)
     else:
         v.scale[blocks, 0, 0] = 0.37
-    v = CodedCache(v.cache, v.scale, values_of(v.cache, v.scale))
+    v = CodedCache(v.cache, v.scale, dequantised(v.cache, v.scale))
     return Problem(replace(a, v_cache=v.values.to(device)), problem.k, v)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KV_KINDS)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("head_dim", (64, 128, 256))
 def test_every_code_in_every_place(kernels, kind, dtype, head_dim) -> None:
@@ -212,7 +213,7 @@ def test_every_code_in_every_place(kernels, kind, dtype, head_dim) -> None:
     torch.testing.assert_close(out.float().nan_to_num(), expected.nan_to_num(), rtol=2**-8, atol=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KV_KINDS)
 @pytest.mark.parametrize("head_dim", (64, 128, 256))
 def test_every_element_of_a_key_meets_its_own_of_q(kernels, kind, head_dim) -> None:
     """q is one element, keys are noise: the lse is that element of the key."""
@@ -268,7 +269,7 @@ def test_scales_of_any_size(kernels, kind, dtype) -> None:
     problem.judge(problem.run()).require()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KV_KINDS)
 def test_values_of_zero_do_not_move_the_sum(kernels, kind) -> None:
     """Scales of 0 beside others, and a request of nothing else: results 0, and the lse of the scores."""
     sizes = {"num_q_heads": 4, "num_kv_heads": 1, "head_dim": 128, "block_size": 16, "std": 3.0}
@@ -277,12 +278,12 @@ def test_values_of_zero_do_not_move_the_sum(kernels, kind) -> None:
     )
     a, v = problem.judged, problem.v
     used = a.block_table.cpu().long()
-    if kind == "fp8_tensor":
+    if kind == "fp8-tensor":
         v.scale.zero_()
     else:
         v.scale[used[0, :4]] = 0.0
         v.scale[used[1, :2]] = 0.0
-    v = CodedCache(v.cache, v.scale, values_of(v.cache, v.scale))
+    v = CodedCache(v.cache, v.scale, dequantised(v.cache, v.scale))
     problem = Problem(replace(a, v_cache=v.values.to(kernels.device)), problem.k, v)
     out, lse = problem.run()
     assert (out[0] == 0).all()
@@ -320,7 +321,7 @@ def test_a_query_that_is_not_finite_stays_in_its_row(kernels) -> None:
     assert torch.equal(spoiled[same], clean[same])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KV_KINDS)
 @pytest.mark.parametrize(
     ("group", "q_len", "head_dim"),
     [(4, 1, 64), (8, 1, 128), (7, 1, 256), (4, 3, 128), (8, 8, 256), (16, 8, 64)],
@@ -397,7 +398,7 @@ def test_indices_outside_their_tensors_trap(emulated_kernels, change) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KV_KINDS)
 def test_long_contexts(device, kind) -> None:
     sizes = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128, "block_size": 16}
     for dtype in HALVES:
@@ -408,7 +409,7 @@ def test_long_contexts(device, kind) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KV_KINDS)
 def test_a_captured_graph_follows_the_lengths(device, kind) -> None:
     sizes = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128, "block_size": 16}
     problem = problem_of(
