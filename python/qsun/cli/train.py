@@ -93,8 +93,8 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     steps.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient, 0 for none (1)")
     steps.add_argument("--seed", type=int, default=0)
     steps.add_argument("--teacher", metavar="PATH", help="distil from this fine-tuned model, or from `base`")
-    steps.add_argument("--teacher-weight", type=float, default=0.5, help="share of its term (0.5)")
-    steps.add_argument("--teacher-temperature", type=float, default=1.0)
+    steps.add_argument("--teacher-weight", type=float, help="share of its term (0.5)")
+    steps.add_argument("--teacher-temperature", type=float, help="of both distributions (1)")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     machine.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there)")
@@ -123,6 +123,11 @@ def train(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--max-length: got {arguments.max_length}, expected at least 2")
     if arguments.stop_after is not None and not arguments.stop_after > 0:
         raise UsageError(f"--stop-after: got {arguments.stop_after}, expected seconds above 0")
+    for name in ("teacher_weight", "teacher_temperature"):
+        if arguments.teacher is None and getattr(arguments, name) is not None:
+            raise UsageError(
+                f"--{name.replace('_', '-')}: got it without --teacher, expected both or neither"
+            )
     for path in arguments.data:
         if not path.is_file():
             raise UsageError(f"--data: {path} is no file, expected JSON lines")
@@ -192,6 +197,14 @@ def _options(arguments: argparse.Namespace, calibration: Any) -> TrainOptions:
         )
     if arguments.lora is None and (arguments.lora_alpha is not None or arguments.lora_targets):
         raise UsageError("--lora-alpha, --lora-targets: got them without --lora, expected it with them")
+    distillation = {
+        name: value
+        for name, value in (
+            ("weight", arguments.teacher_weight),
+            ("temperature", arguments.teacher_temperature),
+        )
+        if value is not None
+    }
     try:
         lora = None
         if arguments.lora is not None:
@@ -230,7 +243,7 @@ def _options(arguments: argparse.Namespace, calibration: Any) -> TrainOptions:
             checkpointing=arguments.checkpointing,
             compiled=arguments.compile,
             teacher=arguments.teacher,
-            distillation=Distillation(arguments.teacher_weight, arguments.teacher_temperature),
+            distillation=Distillation(**distillation),
             save_every=arguments.save_every,
         )
     except ValueError as error:

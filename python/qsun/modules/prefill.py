@@ -164,7 +164,7 @@ def _build(
             f"prefill module {name!r}: first_token is {first_token!r}, "
             f"expected {card.first_token!r}, the convention that its module card says it was trained with"
         )
-    notices = _compare_shared_parts(name, shared_parts, decode)
+    notices = (*_compare_training(name, card, decode), *_compare_shared_parts(name, shared_parts, decode))
     if reader.quantization is not None:
         notices = (*notices, f"{name}: prefill weights are quantised ({describe(reader.quantization)})")
     config = reader.config
@@ -319,6 +319,17 @@ def _compare_shared_parts(name: str, parts: Mapping[str, Tensor], decode: Decode
         )
         warnings.warn(notices[-1], SharedPartsWarning, stacklevel=4)
     return tuple(notices)
+
+
+def _compare_training(name: str, card: ModuleCard, decode: DecodeModule) -> tuple[str, ...]:
+    """A notice where a module was trained against a decoder of other bits: it runs, and answers less well."""
+    trained = card.training.get("decoder")
+    if not isinstance(trained, Mapping) or "quantization" not in trained:
+        return ()
+    theirs, ours = (str(spec or "16-bit") for spec in (trained["quantization"], decode.quantization))
+    if theirs == ours:
+        return ()
+    return (f"{name}: trained against a decoder of {theirs}, and this one has {ours}",)
 
 
 def _difference(theirs: Tensor, ours: Tensor) -> tuple[int, float]:

@@ -86,6 +86,7 @@ def test_damaged_lines(checkpoints, data, tmp_path: Path, capsys: pytest.Capture
     [
         (["--data", "nowhere.jsonl"], "--data: nowhere.jsonl is no file"),
         (["--lora-alpha", "3"], "got them without --lora"),
+        (["--teacher-weight", "0.3"], "--teacher-weight: got it without --teacher"),
         (["--lora", "0"], "rank is 0"),
         (["--lora", "2", "--lora-targets", "embed"], "expected distinct names among"),
         (["--quantizer", "awq"], "expected a file for awq"),

@@ -279,6 +279,24 @@ def test_a_card_for_another_decode_module(base, decode, task, field):
         load(task, base, decode)
 
 
+# What it was trained against
+
+
+@pytest.mark.parametrize(
+    ("training", "told"),
+    [
+        ({}, False),
+        ({"decoder": {"quantization": "16-bit"}}, False),
+        ({"decoder": {"quantization": "W4 g64 symmetric"}}, True),
+        ({"decoder": "by hand"}, False),
+    ],
+)
+def test_a_decoder_of_other_bits_is_told(base, decode, task, training, told):
+    ModuleCard("poet", "decode", decode.fingerprint, training=training).write(task)
+    expected = "task: trained against a decoder of W4 g64 symmetric, and this one has 16-bit"
+    assert load(task, base, decode).notices == ((expected,) if told else ())
+
+
 # Shared parts
 
 
