@@ -133,7 +133,7 @@ def test_an_lm_head_of_few_bits_runs_where_the_engine_has_one() -> None:
     assert verdict.ok, verdict.reason
     module = engine_models.load(Source(CPU, "smollm2-135m", layers=1), setting, model_config(TINY, 1, 64))
     dense = engine_models.load(Source(CPU, "smollm2-135m", layers=1), Setting(4), model_config(TINY, 1, 64))
-    assert module.bytes_per_step < dense.bytes_per_step
+    assert (module.lm_head_bits, dense.lm_head_bits) == (8, 16)
 
 
 def test_an_engine_that_fails_in_a_setting_is_told(tiny: Request, monkeypatch: pytest.MonkeyPatch) -> None:

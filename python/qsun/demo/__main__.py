@@ -14,17 +14,16 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qsun.cli import exits
-from qsun.cli.answers import Display, display_for, run
+from qsun.cli.answers import display_for, run
 from qsun.cli.loading import device_of, progress_bar
 from qsun.demo.cache import Cached, cache_key, cache_root, cached_folder, package_version
 from qsun.demo.pairs import Pairs
-from qsun.demo.tasks import BASE, Task, find_tasks, modules_folder, questions_for
 from qsun.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -104,6 +103,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     from qsun import DecodeEngine, SamplingParams
     from qsun.demo.summary import summarise
+    from qsun.demo.tasks import BASE, find_tasks, modules_folder, questions_for
 
     def tell(text: str) -> None:
         # With --json stdout holds JSON alone.
@@ -143,7 +143,9 @@ def _demo(arguments: argparse.Namespace) -> int:
     for notice in engine.notices:
         tell(f"notice: {notice}")
     tell("")
-    with _display(tasks, len(questions), as_json=arguments.json) as display:
+    in_pairs = tasks and not arguments.json
+    shown = nullcontext(Pairs(BASE)) if in_pairs else display_for(len(questions), as_json=arguments.json)
+    with shown as display:
         answers, pace = run(engine, questions, params, display)
     summary = summarise(engine, pace, prefill_bytes)
     if arguments.json:
@@ -151,12 +153,6 @@ def _demo(arguments: argparse.Namespace) -> int:
     else:
         tell("\n".join(summary.lines()))
     return exits.REQUEST_FAILED if any(answer.failed for answer in answers) else exits.OK
-
-
-def _display(tasks: Sequence[Task], count: int, *, as_json: bool) -> AbstractContextManager[Display]:
-    if as_json or not tasks:
-        return display_for(count, as_json=as_json)
-    return nullcontext(Pairs(BASE))
 
 
 def _add_models(engine: DecodeEngine, paths: dict[str, Path]) -> dict[str, int]:
