@@ -10,12 +10,13 @@ TORCH  ?= torch==2.13.0
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-real ext lint fmt bench gpu-check clean
+.PHONY: help demo test test-slow test-exhaustive test-real ext lint fmt bench gpu-check clean
 
 help:
 	@echo "make demo       answer a batch of prompts with real weights through one W4 decoder (no GPU needed)"
 	@echo "make test       the test suite (GPU tests run where there is a GPU)"
 	@echo "make test-slow  what make test leaves out: compiler reports, kernels under the emulator"
+	@echo "make test-exhaustive  every product of options under the emulator and Triton's compiler (many minutes)"
 	@echo "make test-real  the engine against transformers on real weights, 20 answers token for token"
 	@echo "make ext        rebuild the CUDA library in place"
 	@echo "make lint       ruff, clang-format, mypy, architecture rules"
@@ -43,7 +44,10 @@ test: $(STAMP)
 	$(PYTEST) -m "not slow"
 
 test-slow: $(STAMP)
-	$(PYTEST) -m "slow and not real_weights"
+	$(PYTEST) -m "slow and not real_weights and not exhaustive"
+
+test-exhaustive: $(STAMP)
+	$(PYTEST) -m "slow and exhaustive"
 
 test-real: $(STAMP)
 	$(PYTEST) -m real_weights

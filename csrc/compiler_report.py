@@ -31,7 +31,7 @@ REGISTER_BOUNDS = {
     "paged_attention_combine_kernel": 48,
     "write_kv_cache_kernel": 40,
     "write_kv_heads_kernel": 72,
-    "rms_norm_kernel": 40,
+    "rms_norm_kernel": 56,
     "silu_and_mul_kernel": 40,
     "apply_rope_kernel": 48,
     "sample_tokens_kernel": 64,

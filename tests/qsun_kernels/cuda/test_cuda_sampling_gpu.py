@@ -33,7 +33,9 @@ def test_flat_and_steep_rows(kernels, std) -> None:
         judge_sample_tokens(kernels.run("sample_tokens", *arguments), *arguments).require()
 
 
-@pytest.mark.parametrize("size", [49152, 128256, 151936, 600_001])
+@pytest.mark.parametrize(
+    "size", [49152, *(pytest.param(s, marks=pytest.mark.exhaustive) for s in (128256, 151936, 600_001))]
+)
 def test_whole_vocabularies(kernels, size) -> None:
     """The last is too long for shared memory: it is read again for each pass."""
     rows = kernels.pick(64, 6)
