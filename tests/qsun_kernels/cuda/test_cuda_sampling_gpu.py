@@ -74,7 +74,9 @@ def test_equals_are_parted_by_their_index(kernels) -> None:
         judge_sample_tokens(kernels.run("sample_tokens", *arguments), *arguments).require()
 
 
-@pytest.mark.parametrize("top_p", [0.5, 0.9, 0.95, 0.999])
+@pytest.mark.parametrize(
+    "top_p", [0.95, *(pytest.param(p, marks=pytest.mark.exhaustive) for p in (0.5, 0.9, 0.999))]
+)
 def test_what_is_kept_is_all_drawn_and_nothing_else(kernels, top_p) -> None:
     """Many keys on one row: the tokens that come up are those that the reference keeps."""
     from qsun_kernels.backends.reference.sample_tokens import filtered

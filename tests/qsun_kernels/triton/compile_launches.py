@@ -348,7 +348,8 @@ def quick_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "W8 channel fp32", linear_case(8, "channel", fp32, M=3, added=True)
     yield "32/8 x 128 bf16", attention_case(bf16)
     yield "32/8 x 128 bf16, 5 tokens", attention_case(bf16, window=100, q_len=5, extras=True)
-    yield from code_cases(bf16)
+    yield "32/8 x 128 bf16 on 4 bits", attention_case(bf16, kv_dtype=torch.uint8)
+    yield "write 4 bits", write_case(bf16, torch.uint8)
     yield "9/3 x 64 fp32 on bf16", attention_case(fp32, kv_dtype=bf16, heads=(9, 3), head_dim=64)
 
 
@@ -366,15 +367,7 @@ def more_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for bits, dtype, act_order in ((3, fp16, True), (4, bf16, True), (3, fp32, False), (4, fp32, True)):
         case = linear_case(bits, 64, dtype, M=33, symmetric=False, act_order=act_order, added=True)
         yield f"W{bits} g64 {dtype} act-order={act_order} M=33", case
-    for dtype in (fp16, fp32):
-        yield from code_cases(dtype)
-    for kv_dtype, head_dim in itertools.product(
-        (torch.float8_e4m3fn, torch.int8, torch.uint8), (64, 96, 256)
-    ):
-        case = write_case(bf16, kv_dtype, head_dim=head_dim, norm=head_dim != 64, rotate=head_dim != 96)
-        yield f"write {head_dim} to {kv_dtype}", case
-        case = attention_case(bf16, kv_dtype=kv_dtype, heads=(28, 4), head_dim=head_dim, q_len=4, extras=True)
-        yield f"28/4 x {head_dim} bf16 on {kv_dtype}, 4 tokens", case
+    yield from code_cases(bf16)
     for case in (write_case, attention_case):
         yield f"{case.__name__}, one scale", case(bf16, kv_dtype=torch.float8_e4m3fn, one_scale=True)
     yield "write to bfloat16", write_case(bf16, bf16)
@@ -399,6 +392,20 @@ def more_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "write_kv_cache of one head", lambda: write_kv_cache(pair, pair, cache, cache, position)
     yield "sample_tokens of one token", sampling_case(1, 1, bf16)
     yield "1/1 x 1 bf16", attention_case(bf16, heads=(1, 1), head_dim=1)
+
+
+def every_code_case() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Caches of codes: the other dtypes of activations, and other widths of heads."""
+    bf16 = torch.bfloat16
+    for dtype in (torch.float16, torch.float32):
+        yield from code_cases(dtype)
+    for kv_dtype, head_dim in itertools.product(
+        (torch.float8_e4m3fn, torch.int8, torch.uint8), (64, 96, 256)
+    ):
+        case = write_case(bf16, kv_dtype, head_dim=head_dim, norm=head_dim != 64, rotate=head_dim != 96)
+        yield f"write {head_dim} to {kv_dtype}", case
+        case = attention_case(bf16, kv_dtype=kv_dtype, heads=(28, 4), head_dim=head_dim, q_len=4, extras=True)
+        yield f"28/4 x {head_dim} bf16 on {kv_dtype}, 4 tokens", case
 
 
 def tuned_cases() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -426,6 +433,7 @@ def main() -> None:
     cases = {
         "quick": quick_cases,
         "more": more_cases,
+        "codes": every_code_case,
         "tuned": tuned_cases,
         "unwaited": lambda: [("W4 g128 bf16, M=64", linear_case(4, 128, torch.bfloat16, M=64))],
     }[which]

@@ -105,3 +105,12 @@ def test_what_launchers_pick_compiles_for_ampere_and_hopper(which: str, arch: in
     assert {report["kernel"] for report in reports} == KERNELS
     assert {report["arch"] for report in reports} == {arch}
     check(reports)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("arch", [80, 90])
+def test_codes_of_every_kind_compile(arch: int, tmp_path: Path) -> None:
+    reports = compile_cases("codes", [str(arch)], tmp_path)
+    assert len(reports) > 30 and {report["arch"] for report in reports} == {arch}
+    check(reports)
