@@ -23,7 +23,7 @@ HALVES = (torch.float16, torch.bfloat16)
 ONE_EMULATED = (pytest.param(torch.float16, marks=pytest.mark.exhaustive), torch.bfloat16)
 
 
-def fewer_emulated(values: tuple[int, ...], kept: tuple[int, ...]) -> list[Any]:
+def fewer_emulated(values: tuple[Any, ...], kept: tuple[Any, ...]) -> list[Any]:
     """Parameters of which `make test-slow` emulates only the `kept`."""
     return [v if v in kept else pytest.param(v, marks=pytest.mark.exhaustive) for v in values]
 
@@ -328,7 +328,7 @@ def test_a_query_that_is_not_finite_stays_in_its_row(kernels) -> None:
     assert torch.equal(spoiled[same], clean[same])
 
 
-@pytest.mark.parametrize("kind", KV_KINDS)
+@pytest.mark.parametrize("kind", fewer_emulated(KV_KINDS, ("int8", "int4")))
 @pytest.mark.parametrize(
     ("group", "q_len", "head_dim"),
     [(4, 1, 64), (8, 1, 128), (7, 1, 256), (4, 3, 128), (8, 8, 256), (16, 8, 64)],
