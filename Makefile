@@ -70,6 +70,7 @@ fmt: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/qsun-bench wna16
 	$(BIN)/qsun-bench attention
+	$(BIN)/qsun-bench write
 	$(BIN)/qsun-bench decode
 
 # What needs the GPU, and beside it the operators on it: half of the workers each, one host thread a worker, since
@@ -85,6 +86,7 @@ gpu-check:
 	$(PYTHON) -m pytest -q -m gpu tests/bench
 	$(PYTHON) -m qsun_bench wna16 --smoke
 	$(PYTHON) -m qsun_bench attention --smoke
+	$(PYTHON) -m qsun_bench write --smoke
 	$(PYTHON) -m qsun_bench decode --smoke
 
 clean:

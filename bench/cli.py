@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qsun.errors import QsunError
-from qsun_bench import commands, engine_cli, option_types
+from qsun_bench import commands, engine_cli, option_types, tune_commands
 from qsun_bench.cases import suites
 from qsun_bench.option_groups import device_option, output_options, precision_options, selection_options
 from qsun_bench.results import ResultsError
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     for suite in suites().values():
         command = subparsers.add_parser(suite.name, help=f"time {suite.summary}")
         command.set_defaults(run=commands.run_suite, suite=suite)
-        selection_options(command)
+        selection_options(command, formats=not suite.own_formats)
         command.add_argument(
             "--backend",
             type=option_types.names,
@@ -90,23 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--root", type=Path, help="root of the sources (default: this checkout)")
     report.add_argument("--plots", type=Path, metavar="DIR", help="draw every recorded run there, too")
 
-    tune = subparsers.add_parser("tune", help="find the fastest configurations of a kernel on this GPU")
-    tuned = tune.add_subparsers(dest="operator", required=True, metavar="OPERATOR")
-    matmul = tuned.add_parser("wna16", help="the tiles of the Triton matmul, at seven matrices and nine M")
-    matmul.set_defaults(run=commands.tune_wna16)
-    matmul.add_argument(
-        "--budget",
-        type=option_types.limit,
-        default=400.0,
-        metavar="SECONDS",
-        help="try nothing further after that (400)",
-    )
-    matmul.add_argument("--quick", action="store_true", help="the smallest matrix alone")
-    where = matmul.add_mutually_exclusive_group()
-    where.add_argument(
-        "--out", type=Path, default=Path(), metavar="DIR", help="write wna16_tuned.py there (here)"
-    )
-    where.add_argument("--write", action="store_true", help="write over the table in use")
+    tune_commands.add_tune(subparsers)
 
     explain = subparsers.add_parser("explain", help="which kernel would run a problem, and what it must read")
     operators = explain.add_subparsers(dest="operator", required=True, metavar="OPERATOR")

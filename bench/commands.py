@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, cast
 
-import torch
-
 from qsun_bench import compare, report, results, tables, views
 from qsun_bench.cases import Case, Selection, Suite, suites
 from qsun_bench.results import ResultsError, Run
@@ -54,6 +52,9 @@ def _cases(arguments: argparse.Namespace, suite: Suite) -> Sequence[Case]:
             act_order=arguments.act_order,
             dtype=dtype,
             smoke=arguments.smoke,
+            kv=arguments.kv_dtype,
+            block_sizes=arguments.block_size,
+            heads=arguments.heads,
         )
         found.update(dict.fromkeys(suite.cases(selection)))
     if len({case.name for case in found}) != len(found):
@@ -68,7 +69,7 @@ def list_cases(arguments: argparse.Namespace) -> int:
     for suite in suites().values():
         cases = _cases(arguments, suite)
         rows = []
-        for contender in contenders(suite.op):
+        for contender in contenders(suite.op, suite.variants):
             reasons = [contender.available(case, arguments.device) for case in cases]
             able = f"{reasons.count(None)} of {len(cases)} cases"
             refused = "; ".join(dict.fromkeys(reason for reason in reasons if reason))
@@ -124,7 +125,7 @@ def _chosen(arguments: argparse.Namespace, suite: Suite, cases: Sequence[Case]) 
     """The contenders that --backend and --peers name. One named by --backend must run, a peer may fail."""
     from qsun_bench.contenders import contenders
 
-    known = {contender.name: contender for contender in contenders(suite.op)}
+    known = {contender.name: contender for contender in contenders(suite.op, suite.variants)}
     peers = {name: contender for name, contender in known.items() if not contender.is_ours}
     named: tuple[str, ...] | None = arguments.backend
     for name in named or ():
@@ -276,37 +277,6 @@ def write_report(arguments: argparse.Namespace) -> int:
         for path in plots.save_recorded(root, arguments.plots):
             print(f"drew {path}")
     return EXIT_WRONG if arguments.check and changed else EXIT_OK
-
-
-def tune_wna16(arguments: argparse.Namespace) -> int:
-    """Tune the Triton matmul on this GPU and write its table."""
-    from qsun_bench import tune
-
-    path = tune.SOURCE if arguments.write else arguments.out / tune.FILE_NAME
-    if not arguments.write and path.resolve() == tune.SOURCE.resolve():
-        raise UsageError(f"--out: {path} is the table in use, expected another folder, or --write")
-    reason = tune.why_not()
-    if reason is not None:
-        raise BackendUnavailable("wna16_linear", "triton", reason)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    device = torch.device("cuda", torch.cuda.current_device())
-    searches = []
-    for search in tune.tune(device, arguments.budget, quick=arguments.quick, keep=path.write_text):
-        searches.append(search)
-        print(f"{search.matrix}: {len(search.rows)} rows", file=sys.stderr)
-        for refusal in sorted(search.refusals, key=lambda refusal: not refusal.wrong)[:8]:
-            print(refusal, file=sys.stderr)
-        if len(search.refusals) > 8:
-            print(f"and {len(search.refusals) - 8} more, WRONG first", file=sys.stderr)
-        for tokens in search.unsolved:
-            print(f"WRONG: {search.matrix} M={tokens}: no configuration is right", file=sys.stderr)
-    if not any(search.rows for search in searches):
-        print("nothing was measured, nothing is written", file=sys.stderr)
-        return EXIT_WRONG
-    tune.show(searches)
-    print(f"written to {path}")
-    wrong = any(search.unsolved or any(r.wrong for r in search.refusals) for search in searches)
-    return EXIT_WRONG if wrong else EXIT_OK
 
 
 def explain_wna16(arguments: argparse.Namespace) -> int:

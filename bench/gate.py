@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from qsun_kernels.testing.tolerances import compare
+from qsun_kernels.testing.tolerances import Comparison, compare
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,11 @@ def judge(name: str, got: Tensor, *, exact: Tensor, plain: Tensor, terms: Tensor
 
     exact: float64. plain: torch's result in the dtype of `got`. terms: float64, as in `compare`.
     """
-    result = compare(name, got, exact, plain, terms=terms)
+    return verdict_of(compare(name, got, exact, plain, terms=terms))
+
+
+def verdict_of(result: Comparison) -> Verdict:
+    """A judgement by the same rule as the record tells it."""
     if result.allowed <= 0:
         return Verdict(False, None, result.report)
     error = result.worst / result.allowed

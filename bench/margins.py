@@ -15,12 +15,14 @@ from typing import TextIO
 
 from qsun_bench import tables
 from qsun_bench.results import Record, Run
+from qsun_bench.variants import OURS
 from qsun_kernels.backends.problems import BACKENDS
 
 # Two timings of the same launch differ by less.
 _NOISE = 0.02
 # Where a tile of 16 or 32 tokens is full, the next token needs another.
 _STEPS = ((16, 17), (32, 33))
+STEPS = "steps in M"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ def cells(run: Run) -> Sequence[Cell]:
     found = []
     for case, records in by_case.items():
         ours = {record.backend: record for record in records if record.backend in BACKENDS}
-        peers = [r for r in records if r.backend not in BACKENDS and r.ok and r.us is not None]
+        peers = [r for r in records if r.backend not in OURS and r.ok and r.us is not None]
         first = records[0]
         label = f"{case.rpartition('.')[0]} ({first.fields['K']} x {first.fields['N']})"
         found.append(
@@ -145,7 +147,7 @@ def _by_peer(run: Run, found: Sequence[Cell]) -> Table:
     """Each peer on its own: over how many cells, the mean of its time over ours, where it is faster."""
     ours = {cell.ours.case: cell.us for cell in found if cell.ours is not None and cell.us is not None}
     rows = []
-    for peer in dict.fromkeys(r.backend for r in run.records if r.backend not in BACKENDS):
+    for peer in dict.fromkeys(r.backend for r in run.records if r.backend not in OURS):
         records = [r for r in run.records if r.backend == peer and r.case in ours]
         values = [r.us / ours[r.case] for r in records if r.ok and r.us is not None]
         faster = sum(value < 1 for value in values)
@@ -176,7 +178,7 @@ def _steps(matrices: Sequence[str], sizes: Sequence[int], grid: dict[tuple[str, 
         ]
         rows.append((matrix, *jumps, ", ".join(falling) or "none"))
     columns = ("", *(f"t({after}) / t({before})" for before, after in _STEPS), "faster with more tokens")
-    return Table("steps in M", columns, rows)
+    return Table(STEPS, columns, rows)
 
 
 def summary(run: Run) -> Sequence[str]:

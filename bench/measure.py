@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from qsun_bench.cases import Case, Operands, Oracle
 from qsun_bench.contenders import Contender
-from qsun_bench.gate import Verdict, judge
+from qsun_bench.gate import Verdict, judge, verdict_of
 from qsun_bench.peers import Prepared
 from qsun_bench.plan_time import time_plan
 from qsun_bench.results import Record
@@ -163,11 +163,13 @@ def _gate(
         got = prepared.run(x)
     except Exception as error:
         return Verdict(False, None, _first_line(error))
+    if prepared.judge is not None:
+        return verdict_of(prepared.judge(x, got))
     if prepared.oracle is not None:
         reference = _Reference.of(prepared.oracle, x)
     else:
         if case not in references:
-            references[case] = _Reference.of(operands, x)
+            references[case] = _Reference.of(cast(Oracle, operands), x)
         reference = references[case]
     return judge(
         f"{case.name} by {contender.name}",
@@ -189,5 +191,5 @@ def _time(case: Case, rotation: Sequence[Prepared], device: torch.device, second
     return round(timing.us, 3)
 
 
-def _bound(run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Any]:
+def _bound(run: Callable[[Tensor], Any], x: Tensor) -> Callable[[], Any]:
     return lambda: run(x)

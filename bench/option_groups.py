@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from qsun_bench import option_types
+from qsun_bench.kv_choice import KV_CHOICES
 
 
 def device_option(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +35,8 @@ def precision_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def selection_options(parser: argparse.ArgumentParser) -> None:
-    """Cases of a suite, and lists of all that they differ in."""
+def selection_options(parser: argparse.ArgumentParser, *, formats: bool = True) -> None:
+    """Cases of a suite, and lists of all that they differ in. formats: the kinds of weights among them."""
     parser.add_argument(
         "--shape",
         "--shapes",
@@ -48,7 +50,37 @@ def selection_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context", type=option_types.integers, default=(), help="context lengths, comma-separated"
     )
+    parser.add_argument(
+        "--kv-dtype",
+        type=partial(option_types.chosen_of, KV_CHOICES),
+        default=(),
+        metavar="NAMES",
+        help=f"of the KV cache: {', '.join(KV_CHOICES)}, comma-separated",
+    )
+    parser.add_argument(
+        "--block-size",
+        type=option_types.integers,
+        default=(),
+        metavar="SIZES",
+        help="tokens of a block of the KV cache, comma-separated (16)",
+    )
+    parser.add_argument(
+        "--heads",
+        type=option_types.heads,
+        default=(),
+        metavar="QxKV",
+        help="query and key heads instead of the model's, comma-separated: 32x8,40x8",
+    )
     parser.add_argument("--smoke", action="store_true", help="a few small cases: a check, not a figure")
+    device_option(parser)
+    if formats:
+        _format_options(parser)
+    else:
+        default = {"group_size": (None,), "asymmetric": False, "act_order": False}
+        parser.set_defaults(bits=(4,), dtype=(torch.bfloat16,), **default)
+
+
+def _format_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bits", type=option_types.bits, default="4", help="2, 3, 4 and 8, comma-separated (4)"
     )
@@ -67,7 +99,6 @@ def selection_options(parser: argparse.ArgumentParser) -> None:
         default="bfloat16",
         help="of activations and KV: bf16, fp16, fp32 (bf16)",
     )
-    device_option(parser)
 
 
 def output_options(parser: argparse.ArgumentParser) -> None:

@@ -72,6 +72,19 @@ def bits(text: str) -> tuple[int, ...]:
     return values
 
 
+def heads(text: str) -> tuple[tuple[int, int], ...]:
+    """QUERYxKEY heads, comma-separated, the first a multiple of the second."""
+    found = []
+    for part in text.split(","):
+        q, _, kv = part.partition("x")
+        if not (q.isdecimal() and kv.isdecimal() and int(kv) >= 1 and int(q) and int(q) % int(kv) == 0):
+            raise argparse.ArgumentTypeError(
+                f"got {part!r}, expected query heads x key heads, the first a multiple of the second: 32x8"
+            )
+        found.append((int(q), int(kv)))
+    return tuple(dict.fromkeys(found))
+
+
 def names(text: str) -> tuple[str, ...]:
     """Names, comma-separated."""
     return tuple(text.split(","))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qsun_bench import results
+from qsun_bench.kv_choice import DEFAULT_BLOCK_SIZE
 from qsun_bench.results import Record, ResultsError, Run
 from qsun_kernels.backends.problems import BACKENDS
 
@@ -258,12 +259,19 @@ def _skew(record: Record) -> float:
     return max(lengths) * len(lengths) / sum(lengths)
 
 
+def _unusual_cache(record: Record) -> str:
+    """What the cache holds and its blocks, where they are not the usual ones."""
+    kv, block_size = record.fields.get("kv_dtype"), record.fields.get("block_size")
+    codes = "" if kv == record.fields.get("dtype") else f" {kv}"
+    return codes if block_size in (None, DEFAULT_BLOCK_SIZE) else f"{codes} blocks of {block_size}"
+
+
 def _by_total(records: Iterable[Record]) -> dict[str, list[Record]]:
     """The timed records whose batches differ in skew alone, where there are two skews at least."""
     found: dict[str, list[Record]] = {}
     for record in records:
         lengths = _lengths(record)
         if record.ok and record.us is not None and sum(lengths):
-            heads = record.case.partition(".")[0]
-            found.setdefault(f"{heads}: {len(lengths)} requests, {sum(lengths)} tokens", []).append(record)
+            cache = record.case.partition(".")[0] + _unusual_cache(record)
+            found.setdefault(f"{cache}: {len(lengths)} requests, {sum(lengths)} tokens", []).append(record)
     return {title: same for title, same in found.items() if len({_skew(record) for record in same}) > 1}

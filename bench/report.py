@@ -1,8 +1,9 @@
 """The tables of README.md and docs/, generated from recorded runs.
 
 A block stands between `<!-- bench:NAME -->` and `<!-- /bench -->`, each on a line of its own; NAME is
-SUITE-DEVICE, for example `wna16-h100`, and stands for bench/results/DEVICE/SUITE.json; SUITE-DEVICE:margins
-for the same run against its best peers and the floor; accuracy and accuracy:paired for the accuracy study.
+SUITE-DEVICE, for example `wna16-h100`, and stands for bench/results/DEVICE/SUITE.json; SUITE-DEVICE:VIEW
+for a further view of the same run (`views.FURTHER`), such as `wna16-h100:margins`, against its best peers and
+the floor; accuracy and accuracy:paired for the accuracy study.
 What is between the marks is overwritten.
 """
 
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qsun_bench import accuracy, margins, results, tables, views
+from qsun_bench import accuracy, attention_tables, results, tables, views
 from qsun_bench.results import Record, ResultsError, Run
 
 _BLOCK = re.compile(
@@ -80,19 +81,23 @@ def render(name: str, root: Path, path: Path) -> str:
             raise ResultsError(f"{path}: block bench:{name} asks for {view!r}, expected nothing or paired")
         return accuracy.markdown(accuracy.read(root), view)
     suite, _, device = recorded.rpartition("-")
-    if view not in ("", "margins"):
-        raise ResultsError(f"{path}: block bench:{name} asks for {view!r}, expected nothing or margins")
+    if view and view not in views.FURTHER:
+        known = ", ".join(views.FURTHER)
+        raise ResultsError(
+            f"{path}: block bench:{name} asks for {view!r}, expected nothing or one of {known}"
+        )
     source = root / results.RESULTS / device / f"{suite}.json"
     if not suite or not source.is_file():
         raise ResultsError(
             f"{path}: block bench:{name} needs {source.relative_to(root)}, which is not recorded"
         )
     run = results.parse(source.read_text(), str(source.relative_to(root)))
-    if view == "margins":
-        return f"{run.header.line()}\n\n{margins.markdown(run)}"
+    if view:
+        return f"{run.header.line()}\n\n{views.FURTHER[view](run)}"
     table = views.markdown(run)
     if table is None:
-        table = _by_rows(run) if all("M" in r.fields for r in run.records) else _by_case(run)
+        has_rows = all("M" in r.fields for r in run.records)
+        table = _by_rows(run) if has_rows else _by_case(attention_tables.of_values(run))
     return f"{run.header.line()}\n\n{table}"
 
 

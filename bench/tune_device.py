@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qsun_bench.cases import generator
 from qsun_bench.random_weights import random_packed_weight
+from qsun_bench.tune_reference import error_of, float32_product
 from qsun_kernels.backends.problems import PreparedWeight
 from qsun_kernels.backends.triton import wna16_linear as implementation
 from qsun_kernels.backends.triton import wna16_tiles
@@ -25,7 +26,7 @@ from qsun_kernels.backends.triton.launch import next_power_of_two
 from qsun_kernels.backends.triton.wna16_configs import TilesConfig
 from qsun_kernels.backends.triton.wna16_layout import COLUMNS, LAYOUT, TILE_ROWS, TILE_WORDS, chunk_columns
 from qsun_kernels.errors import KernelLaunchError
-from qsun_kernels.quant import Bits, PackedWeight, QuantSpec
+from qsun_kernels.quant import Bits, QuantSpec
 from qsun_kernels.testing.timing import copies_to_overflow, time_calls
 
 Job = tuple[int, int, int, int, TilesConfig]
@@ -34,12 +35,6 @@ Job = tuple[int, int, int, int, TilesConfig]
 _GROUP_SIZE: Final = 128
 _DTYPE = torch.bfloat16
 
-_TYPICAL_ERROR = 5e-3
-_WORST_ERROR = 1.5e-2
-"""Of the norm and of the largest value of the float32 result: some four roundings to bfloat16, while one lost
-step of K shows as ten times that."""
-
-_SLAB = 8192  # rows of a weight in float32 at a time: the largest would take 2 GB
 _GLANCE_US = 250.0
 _CALLS = 40
 _REPLAYS = 3
@@ -136,7 +131,7 @@ class DeviceTrials:
         packed = random_packed_weight(N, K, _spec(bits), _DTYPE, source)
         first = implementation.prepare(packed, _DTYPE)
         self._x = torch.randn(most_tokens, K, device=device, generator=source).to(_DTYPE)
-        self._reference = _float32_product(self._x, packed)
+        self._reference = float32_product(self._x, packed)
         del packed
         more = copies_to_overflow(first.nbytes, device) - 1
         clones = [replace(first, tensors=tuple(t.clone() for t in first.tensors)) for _ in range(more)]
@@ -228,22 +223,4 @@ class DeviceTrials:
         return out, [call_with(weight) for weight in self._copies]
 
     def _error(self, got: Tensor) -> str | None:
-        want = self._reference[: len(got)]
-        difference = got.float() - want
-        typical = float(difference.norm() / want.norm())
-        worst = float(difference.abs().max() / want.abs().max())
-        # Written so that NaN is an error.
-        if typical < _TYPICAL_ERROR and worst < _WORST_ERROR:
-            return None
-        return f"error {typical:.3g} of the norm, {worst:.3g} of the largest value"
-
-
-def _float32_product(x: Tensor, packed: PackedWeight) -> Tensor:
-    """x (M, K) @ weight (N, K).T in float32, (M, N)."""
-    outs = []
-    for n in range(0, packed.N, _SLAB):
-        scales = packed.scales[n : n + _SLAB].contiguous()
-        rows = PackedWeight(packed.spec, len(scales), packed.K, packed.qweight[n : n + _SLAB], scales)
-        codes = rows.codes().float() - packed.spec.zero_point
-        outs.append(x.float() @ (codes * scales.float().repeat_interleave(_GROUP_SIZE, 1)).T)
-    return torch.cat(outs, 1)
+        return error_of(got, self._reference[: len(got)])

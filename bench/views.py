@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from qsun_bench import decode_tables, engine_plots, margins, plots, serve_tables, tables
+from qsun_bench import (
+    attention_tables,
+    decode_tables,
+    engine_plots,
+    format_tables,
+    margins,
+    plots,
+    serve_tables,
+    tables,
+    write_tables,
+)
+from qsun_bench.margins import Table
 from qsun_bench.results import Run
 
 
@@ -18,13 +31,45 @@ def show(run: Run, baseline: str, stream: TextIO) -> None:
     else:
         tables.show_run(run, baseline, stream)
         margins.show(run, stream)
+        if attention_tables.belongs(run):
+            attention_tables.show(run, stream)
+        if write_tables.belongs(run):
+            write_tables.show(run, stream)
+        format_tables.show(run, stream)
 
 
 def markdown(run: Run) -> str | None:
-    """A run of the engine for a document; None for one of operators, and of an older form."""
+    """A run of the engine or of writes for a document; None for other operators, and of an older form."""
     if decode_tables.belongs(run):
         return decode_tables.markdown(run)
+    if write_tables.belongs(run):
+        return write_tables.markdown(run)
     return serve_tables.markdown(run) if serve_tables.belongs(run) else None
+
+
+def _those_of(*makers: Callable[[Run], Table | None]) -> Callable[[Run], str]:
+    """Tables that a run may have no case for: a document may ask for them before they are recorded."""
+
+    def text(run: Run) -> str:
+        found = [_under_title(table) for make in makers if (table := make(run)) is not None]
+        return "\n\n".join(found) or "The recorded run has no such case."
+
+    return text
+
+
+def _under_title(table: Table) -> str:
+    body = tables.markdown(table.columns, table.rows, text_columns=table.text_columns)
+    return f"{table.title}:\n\n{body}"
+
+
+FURTHER: Mapping[str, Callable[[Run], str]] = {
+    "margins": margins.markdown,
+    "codes": _those_of(attention_tables.codes),
+    "sweeps": _those_of(attention_tables.groups, attention_tables.blocks),
+    "triton": _those_of(attention_tables.triton),
+    **{name: partial(format_tables.markdown, view=name) for name in format_tables.VIEWS},
+}
+"""Further views of a run for a document, by the name behind the colon of a block."""
 
 
 def plot(run: Run, path: Path) -> None:

@@ -2,12 +2,16 @@
 // nothing out. A Status that is not ok becomes qsun_kernels.errors.KernelLaunchError. The only file that
 // knows pybind11.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <variant>
+#include <vector>
 
 #include "qsun/apply_rope.h"
 #include "qsun/dequantize.h"
@@ -25,6 +29,8 @@ namespace py = pybind11;
 using namespace pybind11::literals;
 
 namespace {
+
+using PanelsConfig = std::variant<qsun::StreamConfig, qsun::GemmConfig>;
 
 struct StatusError {
   qsun::Status status;
@@ -124,6 +130,7 @@ void bind_device(py::module_& m) {
 // ---- wna16_linear, dequantize
 
 void bind_panels(py::module_& m) {
+  using qsun::GemmConfig;
   using qsun::StreamConfig;
   using qsun::Wna16PanelsParams;
   printable<StreamConfig>(m, "StreamConfig", "How the streaming kernel of panel weights is launched.")
@@ -141,6 +148,26 @@ void bind_panels(py::module_& m) {
       .def_readonly("stages", &StreamConfig::stages)
       .def_readonly("copy_engine", &StreamConfig::copy_engine)
       .def_readonly("overlaps_producer", &StreamConfig::overlaps_producer);
+  printable<GemmConfig>(m, "GemmConfig", "How the kernel of panel weights for many tokens is launched.")
+      .def(py::init([](int token_tile, int warp_groups, int split_k, int stages, bool adds_in_cluster) {
+             return GemmConfig{token_tile, warp_groups, split_k, stages, adds_in_cluster};
+           }),
+           py::kw_only(), "token_tile"_a, "warp_groups"_a, "split_k"_a, "stages"_a, "adds_in_cluster"_a)
+      .def_readonly("token_tile", &GemmConfig::token_tile)
+      .def_readonly("warp_groups", &GemmConfig::warp_groups)
+      .def_readonly("split_k", &GemmConfig::split_k)
+      .def_readonly("stages", &GemmConfig::stages)
+      .def_readonly("adds_in_cluster", &GemmConfig::adds_in_cluster);
+  m.def(
+      "wna16_gemm_tiles",
+      [] {
+        std::vector<std::pair<int, int>> tiles;
+        for (const qsun::GemmTile& tile : qsun::gemm_tiles()) {
+          tiles.emplace_back(tile.token_tile, tile.warp_groups);
+        }
+        return tiles;
+      },
+      "(token_tile, warp_groups) that a GemmConfig may have.");
   const auto sizes = [](int64_t M, int64_t N, int64_t K, int bits, int groups_per_block, bool has_zeros,
                         bool batch_invariant) {
     Wna16PanelsParams p;
@@ -163,6 +190,22 @@ void bind_panels(py::module_& m) {
       },
       "M"_a, "N"_a, "K"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a, "batch_invariant"_a, "props"_a);
   m.def(
+      "choose_wna16_gemm",
+      [sizes](int64_t M, int64_t N, int64_t K, int bits, int groups_per_block, bool has_zeros,
+              const qsun::DeviceProps& props) {
+        return qsun::choose_gemm(sizes(M, N, K, bits, groups_per_block, has_zeros, false), props);
+      },
+      "M"_a, "N"_a, "K"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a, "props"_a);
+  m.def(
+      "wna16_panels_shared_bytes",
+      [sizes](int64_t M, int64_t N, int64_t K, int bits, int groups_per_block, bool has_zeros,
+              const PanelsConfig& config) {
+        const Wna16PanelsParams p = sizes(M, N, K, bits, groups_per_block, has_zeros, false);
+        return std::visit([&](const auto& own) { return qsun::wna16_panels_shared_bytes(p, own); }, config);
+      },
+      "Shared memory of a block, bytes.", "M"_a, "N"_a, "K"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a,
+      "config"_a);
+  m.def(
       "wna16_panels_scratch_bytes",
       [sizes](int64_t M, int64_t N, int64_t K, int bits, int groups_per_block, bool has_zeros,
               bool batch_invariant, const qsun::DeviceProps& props) {
@@ -174,6 +217,12 @@ void bind_panels(py::module_& m) {
       "more.",
       "M"_a, "N"_a, "K"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a, "batch_invariant"_a, "props"_a);
   m.def(
+      "wna16_gemm_scratch_bytes",
+      [sizes](int64_t M, int64_t N, int64_t K, const GemmConfig& config) {
+        return qsun::wna16_panels_scratch_bytes(sizes(M, N, K, 4, 1, false, false), config);
+      },
+      "What a call with this configuration needs, of any format.", "M"_a, "N"_a, "K"_a, "config"_a);
+  m.def(
       "describe_wna16_panels",
       [sizes](int64_t M, int64_t N, int64_t K, int bits, int groups_per_block, bool has_zeros,
               bool batch_invariant, const qsun::DeviceProps& props) {
@@ -182,18 +231,22 @@ void bind_panels(py::module_& m) {
       "M"_a, "N"_a, "K"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a, "batch_invariant"_a, "props"_a);
   m.def(
       "wna16_panels",
-      [](const StreamConfig* config, uintptr_t x, uintptr_t panels, uintptr_t perm, uintptr_t bias,
-         uintptr_t residual, uintptr_t out, uintptr_t scratch, int64_t scratch_bytes, int64_t M, int64_t N,
-         int64_t K, int64_t column_blocks, int64_t x_stride, int64_t residual_stride, int64_t out_stride,
-         int bits, int groups_per_block, bool has_zeros, bool gate_up, bool batch_invariant,
-         bool prefetch_weights, int dtype, int device, uintptr_t stream) {
+      [](const std::optional<PanelsConfig>& config, uintptr_t x, uintptr_t panels, uintptr_t perm,
+         uintptr_t bias, uintptr_t residual, uintptr_t norm_weight, uintptr_t out, uintptr_t norm_out,
+         uintptr_t scratch, int64_t scratch_bytes, int64_t M, int64_t N, int64_t K, int64_t column_blocks,
+         int64_t x_stride, int64_t residual_stride, int64_t out_stride, float norm_eps, int bits,
+         int groups_per_block, bool has_zeros, bool gate_up, bool batch_invariant, bool prefetch_weights,
+         int dtype, int device, uintptr_t stream) {
         Wna16PanelsParams p;
         p.x = pointer(x);
         p.panels = pointer<uint8_t>(panels);
         p.perm = pointer<int32_t>(perm);
         p.bias = pointer(bias);
         p.residual = pointer(residual);
+        p.norm_weight = pointer(norm_weight);
         p.out = pointer(out);
+        p.norm_out = pointer(norm_out);
+        p.norm_eps = norm_eps;
         p.scratch = pointer(scratch);
         p.scratch_bytes = scratch_bytes;
         p.M = M;
@@ -210,13 +263,14 @@ void bind_panels(py::module_& m) {
         p.batch_invariant = batch_invariant;
         p.prefetch_weights = prefetch_weights;
         place(p, dtype, device, stream);
-        check(config == nullptr ? qsun::wna16_panels(p) : qsun::wna16_panels(p, *config));
+        if (!config) return check(qsun::wna16_panels(p));
+        std::visit([&](const auto& own) { check(qsun::wna16_panels(p, own)); }, *config);
       },
-      "config: a StreamConfig to run as told by the streaming kernel, or None.", "config"_a.none(true), "x"_a,
-      "panels"_a, "perm"_a, "bias"_a, "residual"_a, "out"_a, "scratch"_a, "scratch_bytes"_a, "M"_a, "N"_a,
-      "K"_a, "column_blocks"_a, "x_stride"_a, "residual_stride"_a, "out_stride"_a, "bits"_a,
-      "groups_per_block"_a, "has_zeros"_a, "gate_up"_a, "batch_invariant"_a, "prefetch_weights"_a, "dtype"_a,
-      "device"_a, "stream"_a);
+      "config: a StreamConfig or a GemmConfig to run as told by that kernel, or None.", "config"_a.none(true),
+      "x"_a, "panels"_a, "perm"_a, "bias"_a, "residual"_a, "norm_weight"_a, "out"_a, "norm_out"_a,
+      "scratch"_a, "scratch_bytes"_a, "M"_a, "N"_a, "K"_a, "column_blocks"_a, "x_stride"_a,
+      "residual_stride"_a, "out_stride"_a, "norm_eps"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a,
+      "gate_up"_a, "batch_invariant"_a, "prefetch_weights"_a, "dtype"_a, "device"_a, "stream"_a);
 }
 
 void bind_wna16(py::module_& m) {
@@ -414,8 +468,8 @@ void bind_attention(py::module_& m) {
          uintptr_t out, uintptr_t lse, uintptr_t plan, int64_t plan_bytes, uintptr_t scratch,
          int64_t scratch_bytes, int64_t batch, int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads,
          int64_t head_dim, int64_t num_blocks, int64_t block_size, int64_t max_blocks, int64_t q_stride,
-         int64_t block_table_stride, int64_t window, float softmax_scale, float softcap, int dtype,
-         int kv_dtype, int kv_scales, int device, uintptr_t stream) {
+         int64_t block_table_stride, int64_t window, float softmax_scale, float softcap, bool follows_write,
+         int dtype, int kv_dtype, int kv_scales, int device, uintptr_t stream) {
         auto p = attention_sizes(batch, q_len, num_q_heads, num_kv_heads, head_dim, block_size, max_blocks,
                                  window, dtype, kv_dtype, kv_scales);
         p.q = pointer(q);
@@ -437,6 +491,7 @@ void bind_attention(py::module_& m) {
         p.block_table_stride = block_table_stride;
         p.softmax_scale = softmax_scale;
         p.softcap = softcap;
+        p.follows_write = follows_write;
         place(p, dtype, device, stream);
         check(config == nullptr ? qsun::paged_attention_decode(p) : qsun::paged_attention_decode(p, *config));
       },
@@ -445,7 +500,7 @@ void bind_attention(py::module_& m) {
       "seq_lens"_a, "sinks"_a, "out"_a, "lse"_a, "plan"_a, "plan_bytes"_a, "scratch"_a, "scratch_bytes"_a,
       "batch"_a, "q_len"_a, "num_q_heads"_a, "num_kv_heads"_a, "head_dim"_a, "num_blocks"_a, "block_size"_a,
       "max_blocks"_a, "q_stride"_a, "block_table_stride"_a, "window"_a, "softmax_scale"_a, "softcap"_a,
-      "dtype"_a, "kv_dtype"_a, "kv_scales"_a, "device"_a, "stream"_a);
+      "follows_write"_a, "dtype"_a, "kv_dtype"_a, "kv_scales"_a, "device"_a, "stream"_a);
 }
 
 // ---- write_kv_cache

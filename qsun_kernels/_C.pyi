@@ -67,6 +67,21 @@ class StreamConfig:
     @property
     def overlaps_producer(self) -> bool: ...
 
+class GemmConfig:
+    def __init__(
+        self, *, token_tile: int, warp_groups: int, split_k: int, stages: int, adds_in_cluster: bool
+    ) -> None: ...
+    @property
+    def adds_in_cluster(self) -> bool: ...
+    @property
+    def token_tile(self) -> int: ...
+    @property
+    def warp_groups(self) -> int: ...
+    @property
+    def split_k(self) -> int: ...
+    @property
+    def stages(self) -> int: ...
+
 class PagedAttentionDecodeConfig:
     def __init__(
         self,
@@ -158,6 +173,20 @@ def choose_wna16_stream(
     batch_invariant: bool,
     props: DeviceProps,
 ) -> StreamConfig: ...
+def choose_wna16_gemm(
+    M: int, N: int, K: int, bits: int, groups_per_block: int, has_zeros: bool, props: DeviceProps
+) -> GemmConfig: ...
+def wna16_gemm_tiles() -> list[tuple[int, int]]: ...
+def wna16_gemm_scratch_bytes(M: int, N: int, K: int, config: GemmConfig) -> int: ...
+def wna16_panels_shared_bytes(
+    M: int,
+    N: int,
+    K: int,
+    bits: int,
+    groups_per_block: int,
+    has_zeros: bool,
+    config: StreamConfig | GemmConfig,
+) -> int: ...
 def wna16_panels_scratch_bytes(
     M: int,
     N: int,
@@ -179,13 +208,15 @@ def describe_wna16_panels(
     props: DeviceProps,
 ) -> str: ...
 def wna16_panels(
-    config: StreamConfig | None,
+    config: StreamConfig | GemmConfig | None,
     x: int,
     panels: int,
     perm: int,
     bias: int,
     residual: int,
+    norm_weight: int,
     out: int,
+    norm_out: int,
     scratch: int,
     scratch_bytes: int,
     M: int,
@@ -195,6 +226,7 @@ def wna16_panels(
     x_stride: int,
     residual_stride: int,
     out_stride: int,
+    norm_eps: float,
     bits: int,
     groups_per_block: int,
     has_zeros: bool,
@@ -325,6 +357,7 @@ def paged_attention_decode(
     window: int,
     softmax_scale: float,
     softcap: float,
+    follows_write: bool,
     dtype: int,
     kv_dtype: int,
     kv_scales: int,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qsun_kernels.backends.dispatch import use_backend
 from qsun_kernels.backends.problems import AttentionPlan, PreparedWeight
-from qsun_kernels.errors import BackendUnavailable, KernelLaunchError
+from qsun_kernels.errors import BackendUnavailable, CacheIndexError, CapturedCallError, KernelLaunchError
 from qsun_kernels.ops import (
     RopeParameters,
     apply_rope,
@@ -20,6 +20,7 @@ from qsun_kernels.ops import (
     silu_and_mul,
     wna16_gate_up_silu,
     wna16_linear,
+    wna16_linear_rms_norm,
     write_kv_cache,
 )
 from qsun_kernels.quant import PackedWeight, QuantSpec, quantize_rtn
@@ -27,6 +28,8 @@ from qsun_kernels.quant import PackedWeight, QuantSpec, quantize_rtn
 __all__ = [
     "AttentionPlan",
     "BackendUnavailable",
+    "CacheIndexError",
+    "CapturedCallError",
     "KernelLaunchError",
     "PackedWeight",
     "PreparedWeight",
@@ -47,5 +50,6 @@ __all__ = [
     "use_backend",
     "wna16_gate_up_silu",
     "wna16_linear",
+    "wna16_linear_rms_norm",
     "write_kv_cache",
 ]

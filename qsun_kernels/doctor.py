@@ -88,7 +88,8 @@ def backend_facts() -> dict[str, str]:
 
 def environment_facts() -> dict[str, str]:
     """Environment variables that change what runs."""
-    names = ("QSUN_BACKEND", "QSUN_CUDA", "QSUN_CUDA_ARCHS", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
+    ours = ("QSUN_BACKEND", "QSUN_CHECK", "QSUN_CUDA", "QSUN_CUDA_ARCHS")
+    names = (*ours, "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
     return {name: os.environ[name] for name in names if name in os.environ}
 
 

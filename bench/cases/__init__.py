@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from qsun_bench.kv_choice import KvChoice
+
 if TYPE_CHECKING:
     from qsun_kernels.backends.problems import Problem
 
@@ -23,7 +25,8 @@ Json = str | int | float | bool | None | list[int]
 class Selection:
     """What the command line narrowed a suite down to; None and empty mean the suite's default for the device.
 
-    smoke: the least that still goes through every part, for a check rather than a figure.
+    smoke: the least that still goes through every part, for a check rather than a figure. kv, block_sizes:
+    of the KV cache. heads: (query heads, key heads).
     """
 
     device: torch.device
@@ -36,6 +39,9 @@ class Selection:
     act_order: bool = False
     dtype: torch.dtype = torch.bfloat16
     smoke: bool = False
+    kv: tuple[KvChoice, ...] = ()
+    block_sizes: tuple[int, ...] = ()
+    heads: tuple[tuple[int, int], ...] = ()
 
 
 class Oracle(Protocol):
@@ -51,8 +57,11 @@ class Oracle(Protocol):
         """The sum of the absolute values that each element adds up, float64; None if not known."""
 
 
-class Operands(Oracle, Protocol):
-    """The part of a case that streams from memory: a weight, or a KV cache."""
+class Operands(Protocol):
+    """The part of a case that streams from memory: a weight, or a KV cache.
+
+    It is an `Oracle`, too, unless whoever runs the case judges it (`Prepared.judge`).
+    """
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -92,20 +101,27 @@ class Case(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """name: of the subcommand and the results file. baseline: the contender speed-ups are told against."""
+    """name: of the subcommand and the results file. baseline: the contender speed-ups are told against.
+
+    own_formats: its cases are of formats of its own choice, which the command line cannot change.
+    variants: contenders that no other suite has (qsun_bench.variants).
+    """
 
     name: str
     op: str
     summary: str
     baseline: str
     cases: Callable[[Selection], Sequence[Case]]
+    own_formats: bool = False
+    variants: tuple[str, ...] = ()
 
 
 def suites() -> Mapping[str, Suite]:
     """Every suite of operator cases, by name. (`decode` times a whole step and is not made of such cases.)"""
-    from qsun_bench.cases import attention, wna16
+    from qsun_bench.cases import attention, wna16, wna16_formats, write
 
-    return {suite.name: suite for suite in (wna16.SUITE, attention.SUITE)}
+    formats = (wna16_formats.FORMATS_SUITE, wna16_formats.STEPS_SUITE, wna16_formats.SM80_SUITE)
+    return {suite.name: suite for suite in (wna16.SUITE, *formats, attention.SUITE, write.SUITE)}
 
 
 def generator(device: torch.device, *parts: object) -> torch.Generator:

@@ -1,4 +1,4 @@
-"""Other people's kernels for the same problems, one file each.
+"""Whom ours are compared with on the same problems, one file each: other people's kernels, or other ways.
 
 A peer is a module of this folder with NAME (as in the records), OPERATOR (ours that it is compared with),
 `available(case, device)` -> None or the reason it cannot run that case, and `prepare(operands)` ->
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from qsun_bench.cases import Case, Oracle
+from qsun_kernels.testing.tolerances import Comparison
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +30,16 @@ class Prepared:
     oracle: what the result is judged by where the contender's format cannot hold the operands' values; None
     means by the operands. plan: makes anew what `run` was given of the operands' lengths, which a model does
     once a step for all of its layers; it is timed apart. plans_on_host: it cannot be captured in a graph, so
-    what it takes is the host's time.
+    what it takes is the host's time. judge: (activation, what `run` returned) -> the judgement, for a call
+    that also changes its operands; an oracle is then not asked.
     """
 
-    run: Callable[[Tensor], Tensor]
+    run: Callable[[Tensor], Any]
     streamed: tuple[Tensor, ...]
     oracle: Oracle | None = None
     plan: Callable[[], object] | None = None
     plans_on_host: bool = False
+    judge: Callable[[Tensor, Any], Comparison] | None = None
 
 
 class Peer(Protocol):

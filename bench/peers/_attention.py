@@ -7,13 +7,22 @@ from torch import Tensor
 
 from qsun_bench.cases import Case
 from qsun_bench.cases.attention import AttentionCase, AttentionOperands
+from qsun_bench.kv_choice import KvChoice
 
 
 def refusal(
-    case: Case, device: torch.device, *, head_dims: tuple[int, ...], capability: tuple[int, int]
+    case: Case,
+    device: torch.device,
+    *,
+    head_dims: tuple[int, ...],
+    capability: tuple[int, int],
+    caches: tuple[KvChoice, ...] = ("auto",),
 ) -> str | None:
     """Why a CUDA kernel with these limits cannot run a case; None when it can. Needs no package."""
     assert isinstance(case, AttentionCase)
+    reason = refused_cache(case, caches)
+    if reason is not None:
+        return reason
     if device.type != "cuda":
         return f"a CUDA kernel, device is {device}"
     found = torch.cuda.get_device_capability(device)
@@ -24,6 +33,14 @@ def refusal(
     if case.head_dim not in head_dims:
         return f"head_dim {', '.join(map(str, head_dims))} only, got {case.head_dim}"
     return None
+
+
+def refused_cache(case: AttentionCase, caches: tuple[KvChoice, ...] = ("auto",)) -> str | None:
+    """Why a peer that takes these caches cannot run a case; None when it can."""
+    if case.kv in caches:
+        return None
+    names = " and ".join("values of the dtype of q" if kv == "auto" else kv for kv in caches)
+    return f"caches of {names} only, got {case.kv}"
 
 
 def pages(operands: AttentionOperands) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,9 +8,13 @@ import torch
 from torch import Tensor
 
 from qsun_bench.cases.attention import AttentionOperands
+from qsun_bench.kv_choice import KvChoice
 from qsun_bench.peers import Prepared, _attention, _packages
 
 _WORKSPACE_BYTES = 128 << 20
+
+CACHES: tuple[KvChoice, ...] = ("auto", "fp8-tensor")
+"""What it reads; scales a token it has none."""
 
 
 @cache
@@ -23,6 +27,12 @@ def prepare(operands: AttentionOperands, *, tensor_cores: bool) -> Prepared:
     """The wrapper as engines use it with CUDA graphs: buffers of fixed size, filled by `plan`."""
     kv = operands.copy()
     _, heads, block_size, head_dim = kv.k_cache.shape
+    # Of a cache of codes it takes one scale for all keys and one for all values, by value.
+    scales = (
+        {}
+        if kv.k_scale is None or kv.v_scale is None
+        else {"k_scale": kv.k_scale.item(), "v_scale": kv.v_scale.item()}
+    )
     starts, indices, last_tokens = _attention.pages(kv)
     wrapper = _packages.load("flashinfer").BatchDecodeWithPagedKVCacheWrapper(
         _workspace(kv.k_cache.device),
@@ -44,7 +54,7 @@ def prepare(operands: AttentionOperands, *, tensor_cores: bool) -> Prepared:
             head_dim,
             block_size,
             window_left=-1 if kv.window is None else kv.window - 1,
-            q_data_type=kv.k_cache.dtype,
+            q_data_type=kv.dtype,
             kv_data_type=kv.k_cache.dtype,
             sm_scale=kv.softmax_scale,
         )
@@ -52,7 +62,7 @@ def prepare(operands: AttentionOperands, *, tensor_cores: bool) -> Prepared:
     plan()
 
     def run(q: Tensor) -> Tensor:
-        out: Tensor = wrapper.run(q, (kv.k_cache, kv.v_cache))
+        out: Tensor = wrapper.run(q, (kv.k_cache, kv.v_cache), **scales)
         return out
 
     return Prepared(run, kv.tensors, plan=plan, plans_on_host=True)

@@ -17,7 +17,9 @@ _GROUPS = (1, 2, 3, 4, 8)
 
 def available(case: Case, device: torch.device) -> str | None:
     assert isinstance(case, AttentionCase)
-    refused = _attention.refusal(case, device, head_dims=(64, 128, 256), capability=(8, 0))
+    refused = _attention.refusal(
+        case, device, head_dims=(64, 128, 256), capability=(8, 0), caches=_flashinfer.CACHES
+    )
     group = case.q_heads // case.kv_heads
     if refused is None and group not in _GROUPS:
         refused = f"groups of {', '.join(map(str, _GROUPS))} query heads only, got {group}"

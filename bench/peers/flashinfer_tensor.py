@@ -14,7 +14,9 @@ NOTE = "planned on the host: plan_us is wall clock"
 
 
 def available(case: Case, device: torch.device) -> str | None:
-    refused = _attention.refusal(case, device, head_dims=(64, 128, 256), capability=(8, 0))
+    refused = _attention.refusal(
+        case, device, head_dims=(64, 128, 256), capability=(8, 0), caches=_flashinfer.CACHES
+    )
     return refused or _packages.missing("flashinfer")
 
 

@@ -11,15 +11,18 @@ from torch import Tensor
 
 from qsun_bench.cases import Case
 from qsun_bench.cases.attention import AttentionCase, AttentionOperands
-from qsun_bench.peers import Prepared
+from qsun_bench.peers import Prepared, _attention
 
 NAME = "sdpa"
 OPERATOR = "paged_attention_decode"
 
 
 def available(case: Case, device: torch.device) -> str | None:
-    """Any sizes, unless padding every request to the longest would not leave room for two copies."""
+    """Any sizes of values, unless padding each request to the longest would not leave room for two copies."""
     assert isinstance(case, AttentionCase)
+    reason = _attention.refused_cache(case)
+    if reason is not None:
+        return reason
     kept = max(case.seq_lens) if case.window is None else min(max(case.seq_lens), case.window)
     padded = 2 * len(case.seq_lens) * kept * case.kv_heads * case.head_dim * case.dtype.itemsize
     if device.type == "cuda":

@@ -169,19 +169,35 @@ __global__ void __launch_bounds__((kCodesShape<kCodes, kHeadDim, kRows>.warps * 
   const uint32_t ring_end = ring + a.stages * kStage;
   const auto addresses = SliceAddresses::of<Layout>(lane);
   store_row_places(a, places, thread, kWarps * kWarp);
-  wait_for_producers();
-  __syncthreads();
+  const bool starts_early = kLaunchesOverlap && a.p.follows_write;
+  if (!starts_early) wait_for_producers();
 
   // Part
   const int part = static_cast<int>(blockIdx.x);
-  const PlanHeader plan = *a.plan.header;
-  const PartStart start = a.plan.parts[part];  // undefined where the part has nothing
-  if (part >= plan.used) return;
+  const PlanHeader plan = load_settled(a.plan.header);
+  const PartStart start = load_settled(a.plan.parts + part);  // undefined where the part has nothing
+  if (part >= plan.used) {
+    wait_for_producers();  // a launch that has ended is to say that those before it have
+    return;
+  }
   Walk walk{a, part * plan.share, min((part + 1) * plan.share, plan.total), {}};
   walk.enter(start.request, start.head, start.start, start.length);
   CodesCopies<kCodes, kHeadDim> copies{walk, warp, lane, evict_first_policy(), 0, 0};
   int missing = a.stages;  // stages to copy before the next product: at first all, then one
   uint32_t stage = ring;   // to copy to; once it is copied to, the one behind it is the oldest
+  const auto copy_step = [&] {
+    if (is_copying) copies.next(stage + warp * Layout::kSlice);
+    commit_async_copies();
+    stage += kStage;
+    if (stage == ring_end) stage = ring;
+  };
+  if (starts_early) {
+    // What is older than the launch in front, up to the first step that is not, and all but one stage
+#pragma unroll 1
+    for (; missing > 1 && is_copying && copies.next_is_settled(); --missing) copy_step();
+    wait_for_producers();
+  }
+  __syncthreads();
 
 #pragma unroll 1
   for (; !walk.is_done(); walk.advance()) {
@@ -213,10 +229,7 @@ __global__ void __launch_bounds__((kCodesShape<kCodes, kHeadDim, kRows>.warps * 
       meet();  // all have read the stage that is copied to
 #pragma unroll 1
       do {
-        if (is_copying) copies.next(stage + warp * Layout::kSlice);
-        commit_async_copies();
-        stage += kStage;
-        if (stage == ring_end) stage = ring;
+        copy_step();
       } while (--missing > 0);
       missing = 1;
       wait_for_stage(a.stages);

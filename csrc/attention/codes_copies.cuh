@@ -29,16 +29,30 @@ struct CodesCopies {
                         lane % kSliceQuarters;
     block = 0;
     if (quarter >= s.end) return;
-    block = a.p.block_table[s.request * a.p.block_table_stride + (quarter * kQuarterTokens >> a.block_log2)];
+    block = load_settled(a.p.block_table + s.request * a.p.block_table_stride +
+                         (quarter * kQuarterTokens >> a.block_log2));
     trap_unless(block >= 0 && block < a.p.num_blocks);
+  }
+
+  // Goes on to the share that holds the next step.
+  __device__ __forceinline__ void seek() {
+    while (!walk.is_done() && walk.share.begin + step * kStepQuarters >= walk.share.end) {
+      walk.advance<true>();
+      step = 0;
+    }
+  }
+
+  // Whether next() may be called before wait_for_producers().
+  __device__ __forceinline__ bool next_is_settled() {
+    seek();
+    const int quarter = walk.share.begin + step * kStepQuarters + warp * kSliceQuarters;
+    return walk.is_done() || quarter >= walk.share.end ||
+           quarter * kQuarterTokens + kSliceTokens <= settled_end(walk.a, walk.share);
   }
 
   // Copies the next slice to `target`: keys, values, scales.
   __device__ __forceinline__ void next(uint32_t target) {
-    while (!walk.is_done() && walk.share.begin + step * kStepQuarters >= walk.share.end) {
-      walk.advance();
-      step = 0;
-    }
+    seek();
     if (walk.is_done()) return;
     const Share& s = walk.share;
     const TilesArguments& a = walk.a;

@@ -26,6 +26,7 @@ std::string to_string(const PagedAttentionDecodeParams& p) {
       .add("dtype", to_string(p.dtype))
       .add("kv_dtype", to_string(p.kv_dtype))
       .add("kv_scales", to_string(p.kv_scales))
+      .add("follows_write", p.follows_write)
       .str();
 }
 

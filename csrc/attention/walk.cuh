@@ -4,8 +4,10 @@
 #include "attention/plan.cuh"
 #include "attention/tiles.h"
 #include "device/async_copy.cuh"
+#include "device/dependent_launch.cuh"
 #include "device/reduce.cuh"
 #include "device/trap.cuh"
+#include "device/vector.cuh"
 
 namespace qsun {
 namespace {
@@ -61,6 +63,27 @@ struct Share {
   int end;
 };
 
+// Reads what may be read before wait_for_producers() (see settled_end): past the L1, whose lines may be old.
+template <typename Element>
+__device__ __forceinline__ Element load_settled(const Element* source) {
+  if constexpr (!kLaunchesOverlap) {
+    return *source;
+  } else if constexpr (sizeof(Element) == sizeof(int4)) {
+    const int4 words = load_past_l1(reinterpret_cast<const int4*>(source));
+    Element element;
+    memcpy(&element, &words, sizeof(element));
+    return element;
+  } else {
+    return load_past_l1(source);
+  }
+}
+
+// The positions before this one may be read before wait_for_producers(), as PagedAttentionDecodeParams says
+// of follows_write.
+__device__ __forceinline__ int settled_end(const TilesArguments& a, const Share& share) {
+  return share.length - static_cast<int>(a.p.q_len);
+}
+
 // Goes through the shares of a part.
 struct Walk {
   const TilesArguments& a;
@@ -81,13 +104,16 @@ struct Walk {
                     (share.length + kQuarterTokens - 1) / kQuarterTokens);
   }
 
+  // kSettled: before wait_for_producers(), too.
+  template <bool kSettled = false>
   __device__ __forceinline__ void advance() {
     share.start += 1 + share.tiles;
     if (is_done()) return;
     const int request = share.request + 1;
     const bool wraps = request == a.p.batch;
     const int next = wraps ? 0 : request;
-    enter(next, share.head + (wraps ? 1 : 0), share.start, a.plan.lengths[next]);
+    const int32_t* length = a.plan.lengths + next;
+    enter(next, share.head + (wraps ? 1 : 0), share.start, kSettled ? load_settled(length) : *length);
   }
 };
 
@@ -109,16 +135,30 @@ struct Copies {
     const int quarter = s.begin + (step + lane) * kQuarters + warp;
     block = 0;
     if (quarter >= s.end) return;
-    block = a.p.block_table[s.request * a.p.block_table_stride + (quarter * kQuarterTokens >> a.block_log2)];
+    block = load_settled(a.p.block_table + s.request * a.p.block_table_stride +
+                         (quarter * kQuarterTokens >> a.block_log2));
     trap_unless(block >= 0 && block < a.p.num_blocks);
+  }
+
+  // Goes on to the share that holds the next tile.
+  __device__ __forceinline__ void seek() {
+    while (!walk.is_done() && walk.share.begin + step * kQuarters >= walk.share.end) {
+      walk.advance<true>();
+      step = 0;
+    }
+  }
+
+  // Whether next() may be called before wait_for_producers().
+  __device__ __forceinline__ bool next_is_settled() {
+    seek();
+    const int quarter = walk.share.begin + step * kQuarters + warp;
+    return walk.is_done() || quarter >= walk.share.end ||
+           (quarter + 1) * kQuarterTokens <= settled_end(walk.a, walk.share);
   }
 
   // Copies the next tile's quarter to `target`: keys, then values.
   __device__ __forceinline__ void next(uint32_t target) {
-    while (!walk.is_done() && walk.share.begin + step * kQuarters >= walk.share.end) {
-      walk.advance();
-      step = 0;
-    }
+    seek();
     if (walk.is_done()) return;
     const Share& s = walk.share;
     const TilesArguments& a = walk.a;

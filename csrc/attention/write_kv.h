@@ -1,4 +1,8 @@
 // The two kernels behind write_kv_cache, for the file that chooses between them.
+//
+// Unlike all others they call launch_dependents() after wait_for_producers(), not before: what follows them
+// then starts only when all that is in front of them has ended, and may read it before it waits for what they
+// write. Attention does (follows_write). They are short, so little is lost by it.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -30,10 +30,10 @@ struct ScatterArguments {
 
 template <typename Unit>
 __global__ void __launch_bounds__(kThreads) write_kv_cache_kernel(ScatterArguments a) {
-  launch_dependents();
   const int64_t token_units = a.num_heads * a.head_units;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   wait_for_producers();
+  launch_dependents();  // see write_kv.h
   for (int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
        at < a.num_tokens * token_units; at += step) {
     const int64_t token = at / token_units;

@@ -229,7 +229,6 @@ template <typename T, bool kWide>
 __global__ void __launch_bounds__(kThreads) write_kv_heads_kernel(const __grid_constant__ HeadsArguments a) {
   constexpr int kSize = Part<T>::kSize;
   const WriteKvCacheParams& p = a.p;
-  launch_dependents();
 
   // Heads of this warp, and the part of this lane
   const int lanes = 1 << a.lanes_log2;
@@ -256,6 +255,7 @@ __global__ void __launch_bounds__(kThreads) write_kv_heads_kernel(const __grid_c
   place.high_count = has_head ? max(0, min(kSize, head_dim - place.high)) : 0;
 
   wait_for_producers();
+  launch_dependents();  // see write_kv.h
   if (kind == Kind::kValue && tile >= a.kv_tiles) return;
 
   // Load: all that waits for nothing, then what a position leads to

@@ -4,6 +4,14 @@
 
 namespace qsun {
 
+// Whether launches can overlap where this code runs: what is done before wait_for_producers() is left out of
+// kernels where it gains nothing.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kLaunchesOverlap = true;
+#else
+constexpr bool kLaunchesOverlap = false;
+#endif
+
 // Allows the next kernel to start once every block of this grid has called it (or ended).
 __device__ __forceinline__ void launch_dependents() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -10,8 +10,8 @@
 
 #include "device/dependent_launch.cuh"
 #include "device/dtype.cuh"
-#include "device/inverse_root.cuh"
 #include "device/reduce.cuh"
+#include "device/rms_norm.cuh"
 #include "device/vector.cuh"
 #include "runtime/alignment.h"
 #include "runtime/checks.h"
@@ -22,7 +22,6 @@ namespace qsun {
 namespace {
 
 constexpr int kMaxThreads = 1024;
-constexpr int kHeld = 2;  // vectors of the row in a thread's registers
 
 }  // namespace
 
@@ -51,8 +50,8 @@ RmsNormConfig choose(const RmsNormParams& p, const DeviceProps& device) {
   config.width = is_wide ? static_cast<int>(16 / bytes) : 1;
   // As many loads a thread as stay in registers, while the block can grow
   const int64_t loads = ceil_div(p.hidden_size, config.width);
-  config.threads =
-      static_cast<int>(std::clamp<int64_t>(ceil_div(ceil_div(loads, kHeld), 32) * 32, 32, kMaxThreads));
+  config.threads = static_cast<int>(
+      std::clamp<int64_t>(ceil_div(ceil_div(loads, kNormVectors), 32) * 32, 32, kMaxThreads));
   config.overlaps_producer = device.compute_major >= 9;
   return config;
 }
@@ -71,24 +70,7 @@ __device__ __forceinline__ Vector<T, kSize> residual_stream(const RmsNormParams&
   return r;
 }
 
-template <typename T, int kSize>
-__device__ __forceinline__ float with_squares(const Vector<T, kSize>& r, float sum) {
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) sum = fmaf(to_float(r.data[i]), to_float(r.data[i]), sum);
-  return sum;
-}
-
-template <typename T, int kSize>
-__device__ __forceinline__ void store_scaled(T* out, Vector<T, kSize> r, const Vector<T, kSize>& weight,
-                                             const InverseRoot& scale) {
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    r.data[i] = from_float<T>(scale.times(to_float(r.data[i]), to_float(weight.data[i])));
-  }
-  store(out, r);
-}
-
-// kHolds: the row stays in registers, kHeld vectors a thread.
+// kHolds: the row stays in registers, kNormVectors vectors a thread.
 template <typename T, int kSize, bool kHolds>
 __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const __grid_constant__ RmsNormParams p) {
   launch_dependents();
@@ -101,25 +83,25 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const __grid_cons
   const int64_t step = static_cast<int64_t>(blockDim.x) * kSize;
   const int64_t first = static_cast<int64_t>(threadIdx.x) * kSize;
   const auto inverse_root = [&](float squares) {
-    return InverseRoot(block_sum(squares) / static_cast<float>(p.hidden_size) + p.eps);
+    return norm_scale(block_sum(squares), p.hidden_size, p.eps);
   };
 
   if constexpr (kHolds) {
-    Vector<T, kSize> weights[kHeld], held[kHeld];
+    Vector<T, kSize> weights[kNormVectors], held[kNormVectors];
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
+    for (int i = 0; i < kNormVectors; ++i) {
       if (first + i * step < p.hidden_size) weights[i] = load<kSize>(weight + first + i * step);
     }
     float squares = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
+    for (int i = 0; i < kNormVectors; ++i) {
       if (first + i * step >= p.hidden_size) continue;
       held[i] = residual_stream<T, kSize>(p, row, first + i * step);
       squares = with_squares(held[i], squares);
     }
     const InverseRoot scale = inverse_root(squares);
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
+    for (int i = 0; i < kNormVectors; ++i) {
       if (first + i * step >= p.hidden_size) continue;
       store_scaled(out + first + i * step, held[i], weights[i], scale);
     }
@@ -160,7 +142,7 @@ Status rms_norm(const RmsNormParams& p) {
     const RmsNormConfig config = choose(p, props);
     LaunchOptions options;
     options.overlaps_producer = config.overlaps_producer;
-    const bool holds = p.hidden_size <= int64_t{kHeld} * config.width * config.threads;
+    const bool holds = p.hidden_size <= int64_t{kNormVectors} * config.width * config.threads;
     return with_type(p.dtype, [&](auto tag) {
       using T = typename decltype(tag)::type;
       auto* kernel = config.width == 1 ? rms_norm_kernel<T, 1, false>

@@ -1,60 +1,55 @@
 // out (M, N) = sum over splits of parts (splits, M, padded N), added in their order: a thread makes eight
-// neighbouring outputs. Four parts are on their way at a time: one takes as long as four.
+// neighbouring outputs of one row. All that depends on no memory is known before the wait.
 #include "device/dependent_launch.cuh"
 #include "runtime/alignment.h"
 #include "runtime/launch.h"
-#include "wna16/outputs.cuh"
+#include "wna16/parts.cuh"
 #include "wna16/parts.h"
 
 namespace qsun {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kAtOnce = 4;
+constexpr int kAtOnce = 6;
+constexpr int kBlocksPerSm = 5;
 
+// row_blocks: that share a row of out.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     wna16_add_parts_kernel(const __grid_constant__ Wna16PanelsParams p, int splits, int64_t row_stride,
-                           int units, bool wide) {
+                           unsigned row_blocks, bool wide) {
   launch_dependents();
-  wait_for_producers();
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (index >= p.M * units) return;
-  const int64_t m = index / units, n = index % units * kUnit;
+  const int64_t m = blockIdx.x / row_blocks;
+  const int64_t n = (static_cast<int64_t>(blockIdx.x % row_blocks) * kThreads + threadIdx.x) * kUnit;
   const int64_t columns = p.gate_up ? p.N / 2 : p.N;
   const int count = static_cast<int>(min(columns - n, static_cast<int64_t>(kUnit)));
   const float* parts = static_cast<const float*>(p.scratch) + m * row_stride;
   const int64_t part_stride = p.M * row_stride;
+  wait_for_producers();
+  if (count <= 0) return;
   write_unit<T>(p, wide, m, n, count, [&](int64_t row, float (&values)[kUnit]) {
+    float sums[1][kUnit];
+    add_up<kAtOnce>(parts + row, part_stride, splits, 0, 1, sums);
 #pragma unroll
-    for (int i = 0; i < kUnit; ++i) values[i] = 0.0f;
-#pragma unroll 1
-    for (int first = 0; first < splits; first += kAtOnce) {
-      float some[kAtOnce][kUnit];
-#pragma unroll
-      for (int s = 0; s < kAtOnce; ++s) {
-        if (first + s < splits) read_sums(parts + (first + s) * part_stride + row, some[s]);
-      }
-#pragma unroll
-      for (int s = 0; s < kAtOnce; ++s) {
-        if (first + s >= splits) break;
-#pragma unroll
-        for (int i = 0; i < kUnit; ++i) values[i] += some[s][i];
-      }
-    }
+    for (int i = 0; i < kUnit; ++i) values[i] = sums[0][i];
   });
 }
 
 template <typename T>
 cudaError_t launch(const Wna16PanelsParams& p, int splits) {
-  const int64_t units = ceil_div(p.gate_up ? p.N / 2 : p.N, kUnit);
+  if (p.norm_weight != nullptr) {
+    DeviceProps props;
+    if (!device_props(p.device, &props).ok()) return cudaErrorInvalidDevice;
+    const NormPartsConfig config = choose_norm_parts(p, props);
+    if (config.row_threads > 0) return launch_norm_parts<T>(p, splits, config);
+  }
+  const int64_t row_blocks = ceil_div(ceil_div(p.gate_up ? p.N / 2 : p.N, kUnit), kThreads);
   LaunchOptions options;
   options.overlaps_producer = true;
   const bool is_wide = wide({p.out, p.bias, p.residual},
                             {p.out_stride * 2, p.residual != nullptr ? p.residual_stride * 2 : 0});
-  return launch_with(options, wna16_add_parts_kernel<T>, dim3(ceil_div(p.M * units, kThreads)),
-                     dim3(kThreads), p.device, p.stream, p, splits, padded_rows(p.N), static_cast<int>(units),
-                     is_wide);
+  return launch_with(options, wna16_add_parts_kernel<T>, dim3(p.M * row_blocks), dim3(kThreads), p.device,
+                     p.stream, p, splits, padded_rows(p.N), static_cast<unsigned>(row_blocks), is_wide);
 }
 
 }  // namespace

@@ -7,6 +7,13 @@ A tile for many tokens serves fewer as well, in the same memory: an entry of gem
 own number of tokens and of all larger ones, so the time never falls when tokens are added. A block of the
 streaming kernel takes less shared memory for fewer tokens, and so more of them come together: what was
 measured holds for its own number alone.
+
+chain_sweep.txt, where it exists, holds the best way of each product of a decoder layer behind and before the
+other products of the layer. What runs before a launch decides how much of its weight is read early, which
+rows of one product do not show; so the chain's way counts for its matrix and number of tokens. Its time is
+what the product adds to the chain.
+
+The files are written by `qsun-bench tune wna16 --backend cuda`.
 """
 
 from __future__ import annotations
@@ -16,10 +23,11 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TABLE = HERE / "choices_table.h"
+CHAIN = "chain_sweep.txt"
 # Of each kernel: what its way is made of, in the order of the sweep's columns.
 WAYS = {
     "stream": ("token_tiles", "row_tiles", "warps", "stages", "copy_engine", "waves"),
-    "gemm_sm90": ("token_tile", "warp_groups", "split_k"),
+    "gemm_sm90": ("token_tile", "warp_groups", "split_k", "stages", "in_cluster"),
 }
 TYPES = {"stream": "StreamMeasured", "gemm_sm90": "GemmMeasured"}
 
@@ -50,20 +58,38 @@ def fastest(sweep: str, *, serves_fewer: bool) -> dict[tuple[Matrix, int], tuple
     return found
 
 
-def fastest_of(kernel: str) -> dict[tuple[Matrix, int], tuple[Way, float]]:
+def fastest_of(kernel: str, folder: Path = HERE) -> dict[tuple[Matrix, int], tuple[Way, float]]:
     """fastest() of a kernel's own sweep."""
-    return fastest((HERE / f"{kernel}_sweep.txt").read_text(), serves_fewer=kernel == "gemm_sm90")
+    return fastest((folder / f"{kernel}_sweep.txt").read_text(), serves_fewer=kernel == "gemm_sm90")
 
 
-def rows(kernel: str) -> list[str]:
+def in_chain(kernel: str, folder: Path = HERE) -> dict[tuple[Matrix, int], tuple[Way, float]]:
+    """(K, N), M -> way, microseconds, of the products of a layer timed one after another.
+
+    A line of the file: kernel K N M way us. Without the file nothing is known of chains.
+    """
+    path = folder / CHAIN
+    if not path.exists():
+        return {}
+    lines = path.read_text().splitlines()
+    own = [line.removeprefix(kernel).strip() for line in lines if line.split()[:1] == [kernel]]
+    return fastest("\n".join(own), serves_fewer=False)
+
+
+def chosen(kernel: str, folder: Path = HERE) -> dict[tuple[Matrix, int], tuple[Way, float]]:
+    """What the table holds: the chain's way where there is one, for that is how kernels are used."""
+    return {**fastest_of(kernel, folder), **in_chain(kernel, folder)}
+
+
+def rows(kernel: str, folder: Path) -> list[str]:
     return [
         f"    {{{K}, {N}, {M}, {us:.2f}f, {', '.join(map(str, way))}}},"
-        for ((K, N), M), (way, us) in sorted(fastest_of(kernel).items())
+        for ((K, N), M), (way, us) in sorted(chosen(kernel, folder).items())
     ]
 
 
-def header() -> str:
-    """The text of choices_table.h."""
+def header(folder: Path = HERE) -> str:
+    """The text of choices_table.h, from the files of `folder`."""
     lines = [
         "// Written by choices_table.py from stream_sweep.txt and gemm_sm90_sweep.txt: the fastest way of",
         "// each kernel as measured on an H100, and its microseconds.",
@@ -82,7 +108,7 @@ def header() -> str:
             "",
             "// clang-format off",
             f"constexpr {TYPES[kernel]} k{TYPES[kernel]}[] = {{",
-            *rows(kernel),
+            *rows(kernel, folder),
             "};",
             "// clang-format on",
         ]

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 
 #include "runtime/alignment.h"
 #include "runtime/launch.h"
@@ -18,6 +19,7 @@ std::string to_string(const GemmConfig& c) {
       .add("warp_groups", c.warp_groups)
       .add("split_k", c.split_k)
       .add("stages", c.stages)
+      .add("adds_in_cluster", c.adds_in_cluster ? "yes" : "no")
       .str();
 }
 
@@ -26,25 +28,48 @@ bool gemm_can_read(const Wna16PanelsParams& p) { return p.perm == nullptr && wid
 namespace {
 
 constexpr int kReservedBytes = 1024;  // of shared memory, by the system, a block
-constexpr int kMaxStages = 8;
+// A block of the format that was measured: W4 in symmetric groups of 128.
+constexpr int kMeasuredBlockBytes = block_bytes(4, 1, false);
 
 int64_t num_blocks(const Wna16PanelsParams& p, const GemmConfig& c) {
   return ceil_div(ceil_div(p.N, kBlockRows), c.warp_groups) * ceil_div(p.M, c.token_tile) * c.split_k;
 }
 
-}  // namespace
-
-GemmConfig with_stages(GemmConfig c, const Wna16PanelsParams& p, const DeviceProps& props) {
-  // The next launch fetches its weights beside the last blocks of this one, where there is room.
-  const int64_t beside = std::min<int64_t>(ceil_div(num_blocks(p, c), props.sm_count) + 1,
-                                           gemm_blocks_per_sm(c.token_tile, c.warp_groups));
-  const int bytes = (props.shared_memory_per_block + kReservedBytes) / static_cast<int>(beside) -
+// The most stages that fit beside those of so many blocks in all of a multiprocessor.
+GemmConfig with_stages(GemmConfig c, const Wna16PanelsParams& p, const DeviceProps& props, int64_t blocks) {
+  const int bytes = (props.shared_memory_per_block + kReservedBytes) / static_cast<int>(blocks) -
                     kReservedBytes - 2 * kBarrierBytes * kMaxStages;
   const int stage_bytes = gemm_stage_bytes(c, block_bytes(p.bits, p.groups_per_block, p.has_zeros));
   const int columns = static_cast<int>(std::min<int64_t>(ceil_div(p.column_blocks, c.split_k), kMaxStages));
   c.stages = std::max(1, std::min(bytes / stage_bytes, columns));
   return c;
 }
+
+// Where nothing was measured: the next launch fetches its weights beside the last blocks of this one, where
+// there is room.
+GemmConfig with_stages(const GemmConfig& c, const Wna16PanelsParams& p, const DeviceProps& props) {
+  return with_stages(c, p, props,
+                     std::min<int64_t>(ceil_div(num_blocks(p, c), props.sm_count) + 1,
+                                       gemm_blocks_per_sm(c.token_tile, c.warp_groups)));
+}
+
+// The measured stages; of another format, those that leave room for as many blocks as the measured ones did.
+GemmConfig with_measured_stages(GemmConfig c, const Wna16PanelsParams& p, const DeviceProps& props,
+                                int measured) {
+  c.stages = measured;
+  const int room = props.shared_memory_per_block + kReservedBytes;
+  const int taken = gemm_shared_bytes(c, kMeasuredBlockBytes) + kReservedBytes;
+  const int blocks = std::clamp(room / taken, 1, gemm_blocks_per_sm(c.token_tile, c.warp_groups));
+  c = with_stages(c, p, props, blocks);
+  if (block_bytes(p.bits, p.groups_per_block, p.has_zeros) <= kMeasuredBlockBytes) {
+    c.stages = std::min(c.stages, measured);
+  }
+  return c;
+}
+
+}  // namespace
+
+std::vector<GemmTile> gemm_tiles() { return {std::begin(kGemmTiles), std::end(kGemmTiles)}; }
 
 GemmConfig choose_gemm(const Wna16PanelsParams& p, const DeviceProps& props) {
   GemmConfig c;
@@ -60,7 +85,8 @@ GemmConfig choose_gemm(const Wna16PanelsParams& p, const DeviceProps& props) {
   const GemmMeasured* best = most_similar(kGemmMeasured, p);
   c.token_tile = best->token_tile, c.warp_groups = best->warp_groups;
   c.split_k = static_cast<int>(std::min<int64_t>(best->split_k, p.column_blocks));
-  return with_stages(c, p, props);
+  c.adds_in_cluster = best->in_cluster != 0 && c.split_k > 1;
+  return with_measured_stages(c, p, props, best->stages);
 }
 
 }  // namespace qsun

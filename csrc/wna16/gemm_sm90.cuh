@@ -19,7 +19,10 @@
 // and one to release, and what can be is a constant.
 //
 // Weights do not depend on the kernel before: their ring is filled before wait_for_producers(). Blocks that
-// split the columns leave their sums to a second kernel (add_parts.cu), which starts early like all others.
+// split the columns leave their sums to a second kernel (add_parts.cu), which starts early like all others,
+// or, as a cluster, add them through one another's shared memory: that wants all of them at once and two
+// barriers of the cluster, but saves a launch and two ways through the L2 for every sum. Both add in a fixed
+// order.
 #pragma once
 
 #include <iterator>
@@ -29,30 +32,28 @@
 #include "device/bulk_copy.cuh"
 #include "device/dependent_launch.cuh"
 #include "device/dtype.cuh"
-#include "device/panel_codes.cuh"
-#include "device/vector.cuh"
 #include "device/wgmma.cuh"
 #include "runtime/alignment.h"
 #include "runtime/launch.h"
 #include "runtime/tensor_map.h"
 #include "wna16/gemm_sm90.h"
-#include "wna16/outputs.cuh"
+#include "wna16/gemm_sm90_codes.cuh"
+#include "wna16/gemm_sm90_place.cuh"
+#include "wna16/gemm_sm90_sums.cuh"
 #include "wna16/panels.h"
 #include "wna16/parts.h"
 
 namespace qsun {
 namespace {
 
-constexpr int kWarpLanes = 32;
-constexpr int kGroupWarps = 4;  // of a warp group
-constexpr int kGroupThreads = kGroupWarps * kWarpLanes;
-
 // One thread of the last warp, or warp group, copies. A warp costs the registers of one more in a quarter of
 // the multiprocessor; where that is too much, a whole group that gives its registers to the others.
-template <int kBits, int kTokens>
-constexpr int kCopyWarps = kTokens >= 128 || (kTokens == 96 && kBits == 8) ? kGroupWarps : 1;
 template <int kBits, int kTokens, int kWarpGroups>
-constexpr int kGemmThreads = kWarpGroups * kGroupThreads + kCopyWarps<kBits, kTokens> * kWarpLanes;
+constexpr int kCopyWarps =
+    kTokens > 128 || (kTokens == 128 && kWarpGroups == 4) || (kTokens == 96 && kBits == 8) ? kGroupWarps : 1;
+template <int kBits, int kTokens, int kWarpGroups>
+constexpr int kGemmThreads =
+    kWarpGroups * kGroupThreads + kCopyWarps<kBits, kTokens, kWarpGroups> * kWarpLanes;
 constexpr int kCopyRegisters = 32;
 template <int kTokens, int kWarpGroups>
 constexpr int kProductRegisters = kWarpGroups == 4 ? 112
@@ -63,49 +64,15 @@ template <int kTokens>
 constexpr int kXBytes = kTokens * kBlockColumns * 2;  // of a stage
 
 // Products of 16 columns in a group, of which two are in registers: one is multiplied while the next is made.
-// More take registers that the blocks beside one another (gemm_blocks_per_sm) do not leave.
-template <int kBits, int kTokens>
-constexpr int kGroupSteps =
-    kTokens <= 32 || kTokens == 96 || kTokens == 128 || (kBits == 8 && kTokens < 128) ? 2 : 4;
-
-struct GemmArguments {
-  Wna16PanelsParams p;
-  int tile_bytes;
-  int block_bytes;
-  int row_blocks;
-  bool is_split;
-  EvenShares column_ranges;  // column blocks over the splits
-  int64_t parts_row;         // floats of a token's row of sums in scratch
-  int stages;
-  int barrier_offset;
-  int scale_offsets[4];  // bytes from a row's first scale to that of 32 columns; half of it for zero points
-  bool weights_read_once;
-  bool wide;  // out, bias and residual can be accessed 16 bytes at a time
-};
+// More take registers that the warps of the block, and the blocks beside one another (gemm_blocks_per_sm), do
+// not leave.
+template <int kBits, int kTokens, int kWarpGroups>
+constexpr int kGroupSteps = kTokens <= 32 || kTokens == 96 || (kBits == 8 && kTokens < 128) ||
+                                    (kTokens == 128 && kWarpGroups > (kBits == 8 ? 2 : 3))
+                                ? 2
+                                : 4;
 
 #if QSUN_HAS_WGMMA
-
-// What this block computes.
-struct Place {
-  int split;              // which part of the columns
-  int row_block;          // its first
-  int token;              // its first
-  int column_block;       // the first of its part
-  int num_column_blocks;  // at least one
-  int rotation;           // where in its part it begins
-
-  // Blocks with the same rows of the weight are neighbours: they read it from memory once.
-  __device__ __forceinline__ Place(const GemmArguments& a, int warp_groups, int tokens) {
-    split = static_cast<int>(blockIdx.z);
-    row_block = static_cast<int>(blockIdx.y) * warp_groups;
-    token = static_cast<int>(blockIdx.x) * tokens;
-    column_block = a.column_ranges.begin(split);
-    num_column_blocks = a.column_ranges.begin(split + 1) - column_block;
-    // Blocks that run at once begin at different columns: all reading the same x at the same time would have
-    // the few slices of the L2 that hold it answer one after another.
-    rotation = static_cast<int>(blockIdx.y) % num_column_blocks;
-  }
-};
 
 // Addresses in shared memory. A stage is full when its weights and its x have come, empty when every warp
 // that multiplies has released it.
@@ -195,79 +162,11 @@ struct Copies {
   }
 };
 
-// Where one lane's part of a row tile lies in shared memory.
-struct LanePlace {
-  const unsigned char *pieces, *third_bits, *scales, *zeros;
-
-  __device__ __forceinline__ LanePlace(const unsigned char* tile, int bits, int groups, unsigned lane)
-      : pieces(tile + lane * 16),
-        third_bits(tile + tile_code_bytes(bits) + lane * 8),
-        scales(tile + tile_code_bytes(bits) + tile_third_bit_bytes(bits) + lane / 4 * groups * 4),
-        zeros(scales + tile_scale_bytes(groups) - lane / 4 * groups * 2) {}
-};
-
-// What one lane takes from a panel block.
-template <int kBits, bool kHasZeros, bool kOneGroup>
-struct LaneCodes {
-  static constexpr int kGroups = kOneGroup ? 1 : 4;
-  // For want of registers with 8 bits: the second 64 columns come later, scales of small groups at their use.
-  static constexpr bool kInHalves = kBits == 8, kLateGroups = kBits == 8 && !kOneGroup;
-
-  uint32_t words[kLaneWords<kBits>];
-  uint32_t scales[kGroups];      // row g, row g + 8
-  uint32_t zeros[kGroups] = {};  // bytes: row g, row g + 8
-
-  template <int kFirst, int kCount>
-  __device__ __forceinline__ void load_pieces(const unsigned char* pieces) {
-#pragma unroll
-    for (int i = kFirst; i < kFirst + kCount; ++i) {
-      const uint4 loaded = *reinterpret_cast<const uint4*>(pieces + i * kWarpLanes * 16);
-      words[4 * i] = loaded.x, words[4 * i + 1] = loaded.y;
-      words[4 * i + 2] = loaded.z, words[4 * i + 3] = loaded.w;
-    }
-  }
-  __device__ __forceinline__ void load_groups(const GemmArguments& a, const LanePlace& place, int block,
-                                              int first, int count) {
-#pragma unroll
-    for (int i = first; i < first + count; ++i) {
-      const int offset = kOneGroup ? 0 : a.scale_offsets[i];
-      scales[i] = *reinterpret_cast<const uint32_t*>(place.scales + block + offset);
-      if (kHasZeros) zeros[i] = *reinterpret_cast<const uint16_t*>(place.zeros + block + offset / 2);
-    }
-  }
-
-  // `block`: bytes from the first one.
-  __device__ __forceinline__ void load(const GemmArguments& a, const LanePlace& place, int block) {
-    load_pieces<0, kBits >= 4 ? 2 : 1>(place.pieces + block);
-    if constexpr (kBits == 3) {
-      const uint2 loaded = *reinterpret_cast<const uint2*>(place.third_bits + block);
-      words[4] = loaded.x, words[5] = loaded.y;
-    }
-    if constexpr (!kLateGroups) load_groups(a, place, block, 0, kGroups);
-  }
-  __device__ __forceinline__ void load_second_half(const LanePlace& place, int block) {
-    if constexpr (kInHalves) load_pieces<2, 2>(place.pieces + block);
-  }
-};
-
-// What is the same for all codes of a lane in a group: [0] row g, [1] row g + 8.
-template <typename T, int kBits, bool kHasZeros>
-struct GroupFactors {
-  using Offset = ZeroOffset<T, kBits, 0>;
-  uint32_t scale[2];
-  Offset offset[2] = {Offset(1u << (kBits - 1)), Offset(1u << (kBits - 1))};
-
-  __device__ __forceinline__ void set(uint32_t scales, uint32_t zeros) {
-    scale[0] = permute_bytes(scales, scales, 0x1010), scale[1] = permute_bytes(scales, scales, 0x3232);
-    if constexpr (kHasZeros) offset[0] = Offset(zeros & 0xffu), offset[1] = Offset(zeros >> 8);
-  }
-};
-
 // The sums of 64 weight rows and kTokens tokens over this block's columns.
 template <typename T, int kBits, int kTokens, int kWarpGroups, bool kHasZeros, bool kOneGroup>
 __device__ __forceinline__ void multiply(const GemmArguments& a, int num_column_blocks, const Memory& memory,
                                          int warp, int lane, float (&sums)[kTokens / 2]) {
-  constexpr int kSteps = kGroupSteps<kBits, kTokens>;
+  constexpr int kSteps = kGroupSteps<kBits, kTokens, kWarpGroups>;
   constexpr int kProductGroups = kBlockSteps / kSteps;  // of a column block
   static_assert(kProductGroups % 2 == 0, "fragments[0] begins each column block");
   // When the next codes are loaded: behind products that take long enough to hide the load, or a group
@@ -353,67 +252,6 @@ __device__ __forceinline__ void multiply(const GemmArguments& a, int num_column_
   for (int i = 0; i < kTokens / 2; ++i) pin(sums[i]);
 }
 
-// The sums as [token][weight row], of warp groups one after another.
-template <int kTokens>
-__device__ __forceinline__ void stage_sums(const float (&sums)[kTokens / 2], float* staged, int warp,
-                                           int lane) {
-  float* target = staged + (warp / kGroupWarps * kTokens + lane % 4 * 2) * kStagedRow +
-                  warp % kGroupWarps * kTileRows + lane / 4;
-#pragma unroll
-  for (int j = 0; j < kTokens / 8; ++j) {
-    target[0] = sums[4 * j];
-    target[kStagedRow] = sums[4 * j + 1];
-    target[8] = sums[4 * j + 2];
-    target[kStagedRow + 8] = sums[4 * j + 3];
-    target += 8 * kStagedRow;
-  }
-}
-
-// Leaves the sums to the kernel that adds those of all splits.
-template <int kTokens>
-__device__ __forceinline__ void leave_sums(const GemmArguments& a, const Place& place,
-                                           const float (&sums)[kTokens / 2], int warp, int lane) {
-  const int row_block = place.row_block + warp / kGroupWarps;
-  if (row_block >= a.row_blocks) return;
-  const int64_t row =
-      static_cast<int64_t>(row_block) * kBlockRows + warp % kGroupWarps * kTileRows + lane / 4;
-  float* target = static_cast<float*>(a.p.scratch) +
-                  (place.split * a.p.M + place.token + lane % 4 * 2) * a.parts_row + row;
-  int tokens = static_cast<int>(min(a.p.M - place.token, static_cast<int64_t>(kTokens))) - lane % 4 * 2;
-#pragma unroll
-  for (int j = 0; j < kTokens / 8; ++j, tokens -= 8, target += 8 * a.parts_row) {
-    if (tokens > 0) target[0] = sums[4 * j], target[8] = sums[4 * j + 2];
-    if (tokens > 1) target[a.parts_row] = sums[4 * j + 1], target[a.parts_row + 8] = sums[4 * j + 3];
-  }
-}
-
-// Writes this block's tile of out.
-template <typename T, int kTokens, int kWarpGroups>
-__device__ __forceinline__ void store_tile(const GemmArguments& a, const Place& place, const float* staged,
-                                           int thread) {
-  // A unit of out takes the sums of 8 weight rows, or of 16 for gate_up.
-  const int group_units_log2 = a.p.gate_up ? 2 : 3;
-  const int token_units_log2 = group_units_log2 + (kWarpGroups == 4 ? 2 : kWarpGroups == 2 ? 1 : 0);
-  const int64_t columns = a.p.gate_up ? a.p.N / 2 : a.p.N;
-  const int64_t first_row = static_cast<int64_t>(place.row_block) * kBlockRows;
-  const int64_t first_column = (static_cast<int64_t>(place.row_block) << group_units_log2) * kUnit;
-  const int tokens = static_cast<int>(min(a.p.M - place.token, static_cast<int64_t>(kTokens)));
-  constexpr int kThreads = kWarpGroups * kGroupThreads;
-
-  for (int u = thread; u < tokens << token_units_log2; u += kThreads) {
-    const int token = u >> token_units_log2, unit = u & ((1 << token_units_log2) - 1);
-    const int64_t n = first_column + unit * kUnit;
-    const int count = static_cast<int>(min(columns - n, static_cast<int64_t>(kUnit)));
-    if (count <= 0) continue;
-    write_unit<T>(a.p, a.wide, static_cast<int64_t>(place.token) + token, n, count,
-                  [&](int64_t row, float (&values)[kUnit]) {
-                    const int own = static_cast<int>(row - first_row);
-                    read_sums(staged + (own / kBlockRows * kTokens + token) * kStagedRow + own % kBlockRows,
-                              values);
-                  });
-  }
-}
-
 #endif  // QSUN_HAS_WGMMA
 
 template <typename T, int kBits, int kTokens, int kWarpGroups>
@@ -424,6 +262,7 @@ __global__ void __launch_bounds__(kGemmThreads<kBits, kTokens, kWarpGroups>,
 #if QSUN_HAS_WGMMA
   launch_dependents();
   constexpr int kWarps = kWarpGroups * kGroupWarps;  // that multiply
+  constexpr bool kGivesRegisters = kCopyWarps<kBits, kTokens, kWarpGroups> == kGroupWarps;
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpLanes, 0);
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
   const Place place(a, kWarpGroups, kTokens);
@@ -448,7 +287,7 @@ __global__ void __launch_bounds__(kGemmThreads<kBits, kTokens, kWarpGroups>,
 
   // Roles
   if (warp >= kWarps) {
-    if constexpr (kCopyWarps<kBits, kTokens> == kGroupWarps) give_registers<kCopyRegisters>();
+    if constexpr (kGivesRegisters) give_registers<kCopyRegisters>();
     if (copies_here) {
       wait_for_producers();
       for (int i = 0; i < first_stages; ++i) {
@@ -457,9 +296,13 @@ __global__ void __launch_bounds__(kGemmThreads<kBits, kTokens, kWarpGroups>,
       }
       copies.rest(place.num_column_blocks);
     }
+    if (kAddsInCluster<kTokens> && a.cluster > 1) {
+      __syncwarp();
+      meet_cluster();  // the two barriers of the other branch
+      meet_cluster();
+    }
   } else {
-    if constexpr (kCopyWarps<kBits, kTokens> == kGroupWarps)
-      take_registers<kProductRegisters<kTokens, kWarpGroups>>();
+    if constexpr (kGivesRegisters) take_registers<kProductRegisters<kTokens, kWarpGroups>>();
     float sums[kTokens / 2] = {};
     const auto multiply_with = [&](auto has_zeros, auto one_group) {
       multiply<T, kBits, kTokens, kWarpGroups, has_zeros.value, one_group.value>(a, place.num_column_blocks,
@@ -474,14 +317,22 @@ __global__ void __launch_bounds__(kGemmThreads<kBits, kTokens, kWarpGroups>,
     }
     wait_for_producers();  // long over: orders this thread's own reads and writes
 
-    if (a.is_split) {
+    if (a.leaves_sums) {
       leave_sums<kTokens>(a, place, sums, warp, lane);
     } else {
       float* staged = reinterpret_cast<float*>(dynamic_shared());
       named_barrier(1, kWarps * kWarpLanes);  // the stages have been read
       stage_sums<kTokens>(sums, staged, warp, lane);
-      named_barrier(1, kWarps * kWarpLanes);
+      if (kAddsInCluster<kTokens> && a.cluster > 1) {
+        cluster_barrier();
+      } else {
+        named_barrier(1, kWarps * kWarpLanes);
+      }
       store_tile<T, kTokens, kWarpGroups>(a, place, staged, static_cast<int>(threadIdx.x));
+      if (kAddsInCluster<kTokens> && a.cluster > 1) {
+        __syncwarp();
+        meet_cluster();  // this block's sums have been read
+      }
     }
   }
 #else
@@ -496,7 +347,8 @@ cudaError_t launch_tile(const Wna16PanelsParams& p, const GemmConfig& config) {
   a.tile_bytes = tile_bytes(p.bits, p.groups_per_block, p.has_zeros);
   a.block_bytes = block_bytes(p.bits, p.groups_per_block, p.has_zeros);
   a.row_blocks = static_cast<int>(ceil_div(p.N, kBlockRows));
-  a.is_split = config.split_k > 1;
+  a.leaves_sums = config.split_k > 1 && !config.adds_in_cluster;
+  a.cluster = config.adds_in_cluster ? config.split_k : 1;
   a.column_ranges = EvenShares(static_cast<int>(p.column_blocks), config.split_k);
   a.parts_row = padded_rows(p.N);
   a.stages = config.stages;
@@ -514,11 +366,12 @@ cudaError_t launch_tile(const Wna16PanelsParams& p, const GemmConfig& config) {
   LaunchOptions options;
   options.shared_bytes = gemm_shared_bytes(config, a.block_bytes);
   options.overlaps_producer = true;
+  options.cluster = dim3(1, 1, a.cluster);
   const dim3 grid(token_tiles, ceil_div(a.row_blocks, kWarpGroups), config.split_k);
   const cudaError_t launched =
       launch_with(options, wna16_gemm_sm90_kernel<T, kBits, kTokens, kWarpGroups>, grid,
                   dim3(kGemmThreads<kBits, kTokens, kWarpGroups>), p.device, p.stream, x_map, a);
-  if (launched != cudaSuccess || !a.is_split) return launched;
+  if (launched != cudaSuccess || !a.leaves_sums) return launched;
   return launch_add_parts<T>(p, config.split_k);
 }
 

@@ -4,35 +4,17 @@
 
 #include <cuda_runtime_api.h>
 
-#include <string>
-
-#include "qsun/device.h"
 #include "qsun/wna16_panels.h"
 #include "wna16/panels.h"
 
 namespace qsun {
 
-// token_tile and warp_groups are one of kGemmTiles.
-struct GemmConfig {
-  int token_tile = 64;  // tokens that a block multiplies
-  int warp_groups = 2;  // of a block, each with 64 weight rows
-  int split_k = 1;      // blocks that share the columns, 1 to 16; from 2 on p.scratch takes their sums
-  int stages = 4;       // column blocks of the weight and of x in flight or in use, at least 2
-};
-std::string to_string(const GemmConfig& config);
-
-struct GemmTile {
-  int token_tile, warp_groups;
-};
-constexpr GemmTile kGemmTiles[] = {{16, 1}, {32, 1}, {16, 2},  {32, 2}, {48, 2},
-                                   {64, 2}, {96, 2}, {128, 4}, {256, 2}};
+constexpr GemmTile kGemmTiles[] = {{16, 1}, {32, 1},  {16, 2},  {32, 2},  {48, 2}, {64, 2},
+                                   {96, 2}, {128, 2}, {128, 3}, {128, 4}, {256, 2}};
 constexpr int kMaxSplit = 16;
-
-// Pure: depends on the sizes and the device alone.
-GemmConfig choose_gemm(const Wna16PanelsParams& params, const DeviceProps& props);
-
-// With the stages that fit, beside those of other blocks where several are meant to share a multiprocessor.
-GemmConfig with_stages(GemmConfig config, const Wna16PanelsParams& params, const DeviceProps& props);
+constexpr int kFewestClusterTokens = 64;  // of a token tile whose blocks may add their sums in a cluster
+constexpr int kMaxCluster = 8;            // blocks, on any GPU
+constexpr int kMaxStages = 8;
 
 // Whether the kernel can run the problem: perm is null, and the copy engine can read x.
 bool gemm_can_read(const Wna16PanelsParams& params);

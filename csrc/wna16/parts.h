@@ -5,8 +5,11 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <string>
 
 #include "device/dtype.cuh"
+#include "qsun/device.h"
+#include "qsun/rms_norm.h"
 #include "qsun/wna16_panels.h"
 #include "wna16/panels.h"
 
@@ -19,12 +22,44 @@ inline int64_t parts_bytes(const Wna16PanelsParams& p, int splits) {
   return splits > 1 ? splits * p.M * padded_rows(p.N) * int64_t{sizeof(float)} : 0;
 }
 
-// out = the sums of p.scratch added in the order of the splits, with what follows a product.
+// How the kernel that adds parts also norms the rows of out.
+struct NormPartsConfig {
+  int row_threads = 0;  // of a row; 0: the kernel cannot, and the norm is a launch of its own
+  int blocks = 1;       // a cluster of them has a row
+};
+std::string to_string(const NormPartsConfig& config);
+
+// The norm of p.out as a problem of its own.
+inline RmsNormParams norm_of(const Wna16PanelsParams& p) {
+  RmsNormParams norm;
+  norm.x = p.out, norm.weight = p.norm_weight, norm.out = p.norm_out;
+  norm.num_rows = p.M, norm.hidden_size = p.N, norm.x_stride = p.out_stride;
+  norm.eps = p.norm_eps, norm.dtype = p.dtype, norm.device = p.device, norm.stream = p.stream;
+  return norm;
+}
+
+// Pure: depends on sizes, alignment and the device alone.
+NormPartsConfig choose_norm_parts(const Wna16PanelsParams& p, const DeviceProps& props);
+
+// Whether p.norm_out comes with the sums of `splits` parts.
+inline bool norms_parts(const Wna16PanelsParams& p, int splits, const DeviceProps& props) {
+  return splits > 1 && p.norm_weight != nullptr && choose_norm_parts(p, props).row_threads > 0;
+}
+
+// out = the sums of p.scratch added in the order of the splits, with what follows a product: the norm, too,
+// where norms_parts() says so.
 template <typename T>
 cudaError_t launch_add_parts(const Wna16PanelsParams& p, int splits);
 template <>
 cudaError_t launch_add_parts<__half>(const Wna16PanelsParams&, int);
 template <>
 cudaError_t launch_add_parts<__nv_bfloat16>(const Wna16PanelsParams&, int);
+
+template <typename T>
+cudaError_t launch_norm_parts(const Wna16PanelsParams& p, int splits, const NormPartsConfig& config);
+template <>
+cudaError_t launch_norm_parts<__half>(const Wna16PanelsParams&, int, const NormPartsConfig&);
+template <>
+cudaError_t launch_norm_parts<__nv_bfloat16>(const Wna16PanelsParams&, int, const NormPartsConfig&);
 
 }  // namespace qsun

@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <iterator>
 #include <type_traits>
 
 #include "runtime/checks.h"
@@ -28,6 +29,7 @@ std::string to_string(const Wna16PanelsParams& p) {
       .add("zeros", p.has_zeros ? "stored" : "symmetric")
       .add("perm", p.perm != nullptr ? "yes" : "no")
       .add("rows", p.gate_up ? "gate and up" : "plain")
+      .add("norm", p.norm_weight != nullptr ? "yes" : "no")
       .add("dtype", to_string(p.dtype))
       .str();
 }
@@ -56,13 +58,16 @@ bool has_arch(const std::string& arch) {
   return ("," + build_info().archs + ",").find("," + arch + ",") != std::string::npos;
 }
 
+bool has_gemm(const DeviceProps& props) {
+  // wgmma is code of sm_90a alone.
+  static const bool is_built = has_arch("90a");
+  return is_built && props.compute_major == 9 && props.compute_minor == 0;
+}
+
 }  // namespace
 
 bool uses_gemm(const Wna16PanelsParams& p, const DeviceProps& props) {
-  // wgmma is code of sm_90a alone.
-  static const bool is_built = has_arch("90a");
-  if (!is_built || props.compute_major != 9 || props.compute_minor != 0) return false;
-  if (p.batch_invariant || !gemm_can_read(p)) return false;
+  if (!has_gemm(props) || p.batch_invariant || !gemm_can_read(p)) return false;
   const StreamMeasured* stream = most_similar(kStreamMeasured, p);
   return stream == nullptr || most_similar(kGemmMeasured, p)->us < stream->us;
 }
@@ -116,7 +121,19 @@ StreamConfig choose_stream(const Wna16PanelsParams& p, const DeviceProps& props)
 }
 
 int64_t wna16_panels_scratch_bytes(const Wna16PanelsParams& p, const DeviceProps& props) {
-  return p.M > 0 && uses_gemm(p, props) ? parts_bytes(p, choose_gemm(p, props).split_k) : 0;
+  return p.M > 0 && uses_gemm(p, props) ? wna16_panels_scratch_bytes(p, choose_gemm(p, props)) : 0;
+}
+
+int64_t wna16_panels_scratch_bytes(const Wna16PanelsParams& p, const GemmConfig& config) {
+  return config.adds_in_cluster ? 0 : parts_bytes(p, config.split_k);
+}
+
+int wna16_panels_shared_bytes(const Wna16PanelsParams& p, const StreamConfig& config) {
+  return StreamMemory(p, config).total;
+}
+
+int wna16_panels_shared_bytes(const Wna16PanelsParams& p, const GemmConfig& config) {
+  return gemm_shared_bytes(config, block_bytes(p.bits, p.groups_per_block, p.has_zeros));
 }
 
 std::string describe(const Wna16PanelsParams& p, const DeviceProps& props) {
@@ -142,10 +159,13 @@ Status check(const Wna16PanelsParams& p) {
     checks.multiple_of("N", p.N, 2);
     checks.require(p.bias == nullptr, "bias", "given", "null with gate_up");
     checks.require(p.residual == nullptr, "residual", "given", "null with gate_up");
+    checks.require(p.norm_weight == nullptr, "norm_weight", "given", "null with gate_up");
   }
   if (p.M > 0) {
     checks.not_null("x", p.x).not_null("panels", p.panels).not_null("out", p.out);
     checks.aligned("panels", p.panels, 16).aligned("perm", p.perm, 4);
+    checks.require((p.norm_weight == nullptr) == (p.norm_out == nullptr), "norm_out",
+                   p.norm_out == nullptr ? "null" : "given", "null exactly when norm_weight is null");
   }
   return checks.status("wna16_panels", p);
 }
@@ -168,14 +188,40 @@ Status check(const Wna16PanelsParams& p, const StreamConfig& c, const DeviceProp
   return checks.status("wna16_panels", p);
 }
 
-Status check(const Wna16PanelsParams& p, const GemmConfig& c) {
+Status check_scratch(const Wna16PanelsParams& p, const GemmConfig& c) {
   Checks checks;
-  const int64_t needed = parts_bytes(p, c.split_k);
+  const int64_t needed = wna16_panels_scratch_bytes(p, c);
   if (needed > 0) {
     checks.not_null("scratch", p.scratch).aligned("scratch", p.scratch, 16);
     checks.at_least("scratch_bytes", p.scratch_bytes, needed);
   }
   return checks.status("wna16_panels", p);
+}
+
+Status check(const Wna16PanelsParams& p, const GemmConfig& c, const DeviceProps& props) {
+  Checks checks;
+  checks.require(has_gemm(props), "device", "without wgmma, or the library without its code", "sm_90a");
+  checks.require(p.perm == nullptr, "perm", "given", "null for this kernel");
+  checks.require(gemm_can_read(p), "x", "misaligned", "rows aligned to 16 bytes for this kernel");
+  checks.require(!p.batch_invariant, "batch_invariant", "yes", "no for this kernel");
+  const auto is_own = [&](const GemmTile& tile) {
+    return tile.token_tile == c.token_tile && tile.warp_groups == c.warp_groups;
+  };
+  if (std::none_of(std::begin(kGemmTiles), std::end(kGemmTiles), is_own)) {
+    const std::string got = std::to_string(c.token_tile) + ", " + std::to_string(c.warp_groups);
+    checks.require(false, "(token_tile, warp_groups)", got, "one of gemm_tiles()");
+  }
+  checks.at_least("split_k", c.split_k, 1)
+      .at_most("split_k", c.split_k, std::min<int64_t>(kMaxSplit, p.column_blocks));
+  if (c.adds_in_cluster) {
+    checks.at_least("split_k", c.split_k, 2).at_most("split_k", c.split_k, kMaxCluster);
+    checks.at_least("token_tile", c.token_tile, kFewestClusterTokens);
+  }
+  // A block waits for its next stage before it gives the last one back.
+  const int64_t columns = ceil_div(p.column_blocks, std::max(c.split_k, 1));
+  checks.at_least("stages", c.stages, columns > 1 ? 2 : 1).at_most("stages", c.stages, kMaxStages);
+  checks.at_most("shared memory", wna16_panels_shared_bytes(p, c), props.shared_memory_per_block);
+  return checks.ok() ? check_scratch(p, c) : checks.status("wna16_panels", p);
 }
 
 template <typename Launch>
@@ -211,6 +257,21 @@ Status run(const Wna16PanelsParams& p, const GemmConfig& config) {
   });
 }
 
+// `status` of the product, and where that is done and a norm wanted, the norm of its rows.
+Status with_norm(const Wna16PanelsParams& p, const Status& status) {
+  return status.ok() && p.norm_weight != nullptr ? rms_norm(norm_of(p)) : status;
+}
+
+Status run_with_norm(const Wna16PanelsParams& p, const StreamConfig& config, const DeviceProps&) {
+  return with_norm(p, run(p, config));
+}
+
+// The kernel that adds parts up may norm the rows as well.
+Status run_with_norm(const Wna16PanelsParams& p, const GemmConfig& config, const DeviceProps& props) {
+  const Status status = run(p, config);
+  return !config.adds_in_cluster && norms_parts(p, config.split_k, props) ? status : with_norm(p, status);
+}
+
 Status with_props(const Wna16PanelsParams& p, DeviceProps* props) {
   if (Status status = device_props(p.device, props); !status.ok()) {
     return {status.code(), "wna16_panels", to_string(p), status.error()};
@@ -224,18 +285,27 @@ Status wna16_panels(const Wna16PanelsParams& p) {
   if (Status status = check(p); !status.ok() || p.M == 0) return status;
   DeviceProps props;
   if (Status status = with_props(p, &props); !status.ok()) return status;
-  if (!uses_gemm(p, props)) return run(p, choose_stream(p, props));
+  if (!uses_gemm(p, props)) return run_with_norm(p, choose_stream(p, props), props);
   const GemmConfig config = choose_gemm(p, props);
-  if (Status status = check(p, config); !status.ok()) return status;
-  return run(p, config);
+  if (Status status = check_scratch(p, config); !status.ok()) return status;
+  return run_with_norm(p, config, props);
 }
 
-Status wna16_panels(const Wna16PanelsParams& p, const StreamConfig& config) {
+namespace {
+
+template <typename Config>
+Status run_as_told(const Wna16PanelsParams& p, const Config& config) {
   if (Status status = check(p); !status.ok() || p.M == 0) return status;
   DeviceProps props;
   if (Status status = with_props(p, &props); !status.ok()) return status;
   if (Status status = check(p, config, props); !status.ok()) return status;
-  return run(p, config);
+  return run_with_norm(p, config, props);
 }
+
+}  // namespace
+
+Status wna16_panels(const Wna16PanelsParams& p, const StreamConfig& config) { return run_as_told(p, config); }
+
+Status wna16_panels(const Wna16PanelsParams& p, const GemmConfig& config) { return run_as_told(p, config); }
 
 }  // namespace qsun

@@ -35,6 +35,7 @@ __all__ = [
     "SampleTokensProblem",
     "SiluAndMulProblem",
     "Wna16GateUpSiluProblem",
+    "Wna16LinearRmsNormProblem",
     "Wna16Problem",
     "WriteKvCacheProblem",
 ]
@@ -113,6 +114,41 @@ class Wna16GateUpSiluProblem:
             self.dtype,
             self.device,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Wna16LinearRmsNormProblem:
+    """A product as in `Wna16Problem`, added to a residual stream, and the RMS norm of the stream's rows."""
+
+    operator: ClassVar[str] = "wna16_linear_rms_norm"
+
+    N: int
+    K: int
+    bits: int
+    group_size: int | Literal["channel"]
+    symmetric: bool
+    has_g_idx: bool
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def linear(self) -> Wna16Problem:
+        """The product, as a problem of its own."""
+        return Wna16Problem(
+            self.N,
+            self.K,
+            self.bits,
+            self.group_size,
+            self.symmetric,
+            self.has_g_idx,
+            self.dtype,
+            self.device,
+        )
+
+    @property
+    def norm(self) -> RmsNormProblem:
+        """The norm, as a problem of its own."""
+        return RmsNormProblem(self.N, False, self.dtype, self.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +270,7 @@ class SampleTokensProblem:
 Problem: TypeAlias = (
     Wna16Problem
     | Wna16GateUpSiluProblem
+    | Wna16LinearRmsNormProblem
     | DequantizeProblem
     | PagedAttentionDecodeProblem
     | WriteKvCacheProblem
@@ -305,7 +342,8 @@ _ORDERED = ".ordered"
 class PreparedWeight:
     """A quantised weight (N, K) laid out for the backend and the operator that will multiply by it.
 
-    dtype: of the activations it was prepared for. operator: who reads it; for ``"wna16_gate_up_silu"`` the
+    dtype: of the activations it was prepared for. operator: who reads it; one for ``"wna16_linear"`` is also
+    read by `wna16_linear_rms_norm`; for ``"wna16_gate_up_silu"`` the
     weight is [gate; up] and N counts the rows of both. layout: names what `tensors` hold:
 
     - ``"cuda.rows"``, ``"triton.rows"``: the canonical (qweight, scales[, qzeros][, g_idx]).

@@ -13,6 +13,7 @@ from qsun_kernels.ops.sample_tokens import sample_tokens
 from qsun_kernels.ops.silu_and_mul import silu_and_mul
 from qsun_kernels.ops.wna16_gate_up_silu import prepare_gate_up, wna16_gate_up_silu
 from qsun_kernels.ops.wna16_linear import prepare_weight, wna16_linear
+from qsun_kernels.ops.wna16_linear_rms_norm import wna16_linear_rms_norm
 from qsun_kernels.ops.write_kv_cache import write_kv_cache
 
 __all__ = [
@@ -30,5 +31,6 @@ __all__ = [
     "silu_and_mul",
     "wna16_gate_up_silu",
     "wna16_linear",
+    "wna16_linear_rms_norm",
     "write_kv_cache",
 ]

@@ -25,6 +25,7 @@ from qsun_kernels.backends.problems import (
     SampleTokensProblem,
     SiluAndMulProblem,
     Wna16GateUpSiluProblem,
+    Wna16LinearRmsNormProblem,
     Wna16Problem,
     WriteKvCacheProblem,
 )
@@ -64,6 +65,7 @@ def representative_problems(
     weight = (4096, 4096, 4, 128, True, False, dtype, device)
     return (
         Wna16Problem(*weight),
+        Wna16LinearRmsNormProblem(*weight),
         Wna16GateUpSiluProblem(28672, *weight[1:]),
         PagedAttentionDecodeProblem(32, 8, 128, 16, None, dtype, dtype, device),
         WriteKvCacheProblem(8, 128, 16, dtype, dtype, device),

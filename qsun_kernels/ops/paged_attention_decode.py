@@ -15,7 +15,7 @@ from qsun_kernels.backends.problems import (
     KvScales,
     PagedAttentionDecodeProblem,
 )
-from qsun_kernels.ops import checks
+from qsun_kernels.ops import checked_mode, checks
 from qsun_kernels.ops.cache_checks import cache_head_dim, check_cache, check_scales, kind_of
 from qsun_kernels.ops.library import is_traced, refuse_gradient, register
 from qsun_kernels.ops.plan_paged_attention import MAX_Q_LEN, check_plan
@@ -40,6 +40,7 @@ def paged_attention_decode(
     plan: AttentionPlan | None = None,
     lse: Literal[False] = False,
     out: Tensor | None = None,
+    follows_write: bool = False,
     backend: BackendName | None = None,
 ) -> Tensor: ...
 
@@ -61,6 +62,7 @@ def paged_attention_decode(
     plan: AttentionPlan | None = None,
     lse: Literal[True],
     out: Tensor | None = None,
+    follows_write: bool = False,
     backend: BackendName | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -81,6 +83,7 @@ def paged_attention_decode(
     plan: AttentionPlan | None = None,
     lse: bool = False,
     out: Tensor | None = None,
+    follows_write: bool = False,
     backend: BackendName | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``softmax(softmax_scale * q K^T) V`` for a request's newest tokens, K and V in blocks of the cache.
@@ -102,16 +105,26 @@ def paged_attention_decode(
     step, one call after another on one stream; the call then runs on the backend of the plan. out: where the
     result goes, (B * q_len, Hq, D) of the dtype of q, contiguous, and sharing no memory with the inputs.
 
+    follows_write: a promise that the launch directly in front of this one on the stream is the
+    `write_kv_cache` of these q_len new tokens, and that it writes nothing else that this call reads, q apart:
+    neither older positions nor block_table, seq_lens or plan. A kernel may then read all that while the write
+    still runs; without a plan, and in traced code, it does not. A promise that does not hold is not noticed,
+    and gives old values for new ones.
+
     Returns out; with lse=True also float32 (B * q_len, Hq), the natural logarithm of the softmax's
     denominator, the sink included, by which partial results merge. A token without positions (a request of
     length 0) gets zeros and -inf, or the sink. Sums are float32. With a 16-bit dtype the softmax's weights
     may be rounded to it before they multiply V, though not in the denominator. Lengths are read on the
-    device; one above max_blocks * block_size is a ValueError on the CPU and undefined on a GPU. With q_len
-    above 1 a value that is not finite at one new token may reach the other new tokens of its request.
+    device; that they fit the block table, and that the blocks of their tokens are in the cache, is the
+    caller's contract: else ValueError or IndexError on the CPU, undefined on a GPU, and CacheIndexError with
+    ``QSUN_CHECK=1`` (`checked_mode`). With q_len above 1 a value that is not finite at one new token may
+    reach the other new tokens of its request.
 
     Raises TypeError or ValueError naming the argument, BackendUnavailable, RuntimeError if a gradient is
     wanted.
     """
+    if not isinstance(follows_write, bool):
+        raise TypeError(f"follows_write is {follows_write!r}, expected True or False")
     q_len, kv_scales = _check(
         *(q, k_cache, v_cache, block_table, seq_lens, softmax_scale, window, softcap, sinks),
         *(k_scale, v_scale, out),
@@ -159,6 +172,7 @@ def paged_attention_decode(
             planned,
             k_scale,
             v_scale,
+            follows_write,
             backend,
         )
     return (result, log_sum) if lse else result
@@ -253,9 +267,12 @@ def _launch(
     plan: tuple[Tensor, ...] | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    follows_write: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    _, num_kv_heads, block_size, _ = k_cache.shape
+    num_blocks, num_kv_heads, block_size, _ = k_cache.shape
+    if checked_mode.ENABLED:
+        checked_mode.check_attended(block_table, seq_lens, num_blocks, block_size)
     run = launcher(
         requested_backend(backend),
         PagedAttentionDecodeProblem,
@@ -271,7 +288,7 @@ def _launch(
     )
     both = run(
         *(q, k_cache, v_cache, block_table, seq_lens, softmax_scale, window, softcap, sinks, out, plan),
-        *(k_scale, v_scale),
+        *(k_scale, v_scale, follows_write),
     )
     return cast("tuple[Tensor, Tensor]", both)
 
@@ -307,6 +324,7 @@ def _run(
         planned,
         k_scale,
         v_scale,
+        False,
         backend,
     )
 

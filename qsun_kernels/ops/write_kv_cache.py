@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qsun_kernels.backends.dispatch import launcher, requested_backend
 from qsun_kernels.backends.problems import BackendName, WriteKvCacheProblem
-from qsun_kernels.ops import checks
+from qsun_kernels.ops import checked_mode, checks
 from qsun_kernels.ops.cache_checks import cache_head_dim, check_cache, check_scales, kind_of
 from qsun_kernels.ops.library import is_traced, refuse_gradient, register
 
@@ -81,8 +81,9 @@ def write_kv_cache(
 
     k, v (T, Hkv, D) of one dtype (float32, float16, bfloat16); the heads of a token lie side by side, the
     token stride is free. k_cache, v_cache (num_blocks, Hkv, block_size, D) contiguous, changed in place;
-    slot_mapping int64 (T,); two tokens with one slot leave either there. A slot past the cache is an error on
-    the CPU (IndexError) and undefined on a GPU.
+    slot_mapping int64 (T,); two tokens with one slot leave either there. That slots are in the cache, and
+    positions in their table, is the caller's contract: else IndexError on the CPU, undefined on a GPU, and
+    CacheIndexError with ``QSUN_CHECK=1`` (`checked_mode`).
 
     The dtype of the caches says how they are stored (docs/formats.md). float32, float16 and bfloat16: values
     are rounded to it. float8_e4m3fn, int8, and uint8 for 4 bits, (..., D / 2): value = code * scale, with
@@ -211,6 +212,9 @@ def _launch(
     v_scale: Tensor | None,
     backend: str | None,
 ) -> Tensor | None:
+    if checked_mode.ENABLED:
+        max_positions = 0 if cos_sin is None else cos_sin.shape[0]
+        checked_mode.check_written(slot_mapping, k_cache.shape[0], k_cache.shape[2], positions, max_positions)
     run = launcher(
         requested_backend(backend),
         WriteKvCacheProblem,

@@ -99,7 +99,9 @@ def kv_write(
     def scale(given: float) -> Tensor | None:
         if kind is None:
             return None
-        return torch.tensor([given], device=device) if kind == "fp8-tensor" else torch.rand(slots).to(device)
+        if kind == "fp8-tensor":
+            return torch.tensor([given], device=device)
+        return torch.rand(slots, generator=source).to(device)
 
     norms: list[Tensor | None] = [None, None]
     if "norm" in steps:

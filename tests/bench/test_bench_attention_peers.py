@@ -18,6 +18,7 @@ from torch import Tensor
 from qsun_bench import measure
 from qsun_bench.cases.attention import AttentionCase
 from qsun_bench.gate import judge
+from qsun_bench.kv_choice import KvChoice
 from qsun_bench.peers import (
     Prepared,
     _attention,
@@ -26,6 +27,7 @@ from qsun_bench.peers import (
     fa3,
     flashinfer_cuda,
     flashinfer_tensor,
+    sdpa,
 )
 from qsun_bench.plan_time import time_plan
 
@@ -57,8 +59,9 @@ def case(
     head_dim: int = 64,
     dtype: torch.dtype = torch.bfloat16,
     window: int | None = None,
+    kv: KvChoice = "auto",
 ) -> AttentionCase:
-    return AttentionCase("a", lengths, *heads, head_dim, dtype, window=window)
+    return AttentionCase("a", lengths, *heads, head_dim, dtype, window=window, kv=kv)
 
 
 @pytest.fixture
@@ -97,6 +100,13 @@ def test_without_its_package_it_is_the_package(peer: Any, says: str, hopper: Non
         (fa3, case(dtype=torch.float32), "bfloat16 and float16 only, got torch.float32"),
         (fa3, case(head_dim=80), "head_dim 64, 96, 128, 192, 256 only, got 80"),
         (flashinfer_tensor, case(head_dim=96), "head_dim 64, 128, 256 only, got 96"),
+        (fa3, case(kv="fp8-tensor"), "caches of values of the dtype of q only, got fp8-tensor"),
+        (
+            flashinfer_tensor,
+            case(kv="fp8"),
+            "caches of values of the dtype of q and fp8-tensor only, got fp8",
+        ),
+        (sdpa, case(kv="int4"), "caches of values of the dtype of q only, got int4"),
         (flashinfer_cuda, case(heads=(7, 1)), "groups of 1, 2, 3, 4, 8 query heads only, got 7"),
     ],
 )
@@ -232,25 +242,34 @@ class FakeWrapper:
         self.sizes = (num_qo_heads, num_kv_heads, head_dim, page_size, q_data_type, kv_data_type)
         self.window_left, self.scale = window_left, sm_scale
 
-    def run(self, q: Tensor, paged_kv_cache: tuple[Tensor, Tensor]) -> Tensor:
+    def run(
+        self,
+        q: Tensor,
+        paged_kv_cache: tuple[Tensor, Tensor],
+        *,
+        k_scale: float | None = None,
+        v_scale: float | None = None,
+    ) -> Tensor:
         k, v = paged_kv_cache
         assert self.sizes == (q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.dtype, k.dtype)
         starts, indices, last = self.buffers
         keys, values = [], []
         for request, tokens in enumerate(last.tolist()):
-            pages = indices[int(starts[request]) : int(starts[request + 1])].long()
+            pages = indices[int(starts[request]) : int(starts[request + 1])].tolist()
             length = (len(pages) - 1) * k.shape[2] + tokens
             first = 0 if self.window_left < 0 else max(0, length - 1 - self.window_left)
-            keys.append(k[pages].transpose(1, 2).flatten(0, 1)[first:length])
-            values.append(v[pages].transpose(1, 2).flatten(0, 1)[first:length])
+            for rows, cache in ((keys, k), (values, v)):
+                rows.append(cache.float()[pages].transpose(1, 2).flatten(0, 1)[first:length])
         assert self.scale is not None
-        return attention(q, keys, values, self.scale)
+        assert (k.dtype == torch.float8_e4m3fn) == isinstance(k_scale, float) == isinstance(v_scale, float)
+        out = attention(q.float(), keys, values, self.scale * (k_scale or 1.0)) * (v_scale or 1.0)
+        return out.to(q.dtype)
 
 
-@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(("window", "kv"), [(None, "auto"), (5, "auto"), (None, "fp8-tensor")])
 @pytest.mark.parametrize("peer", [flashinfer_cuda, flashinfer_tensor], ids=lambda peer: peer.NAME)
 def test_flashinfer_is_planned_and_run(
-    peer: Any, window: int | None, monkeypatch: pytest.MonkeyPatch
+    peer: Any, window: int | None, kv: KvChoice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[FakeWrapper] = []
 
@@ -262,7 +281,7 @@ def test_flashinfer_is_planned_and_run(
     monkeypatch.setattr(_packages, "load", lambda name: package)
     monkeypatch.setattr(_flashinfer, "_WORKSPACE_BYTES", 1024)
     _flashinfer._workspace.cache_clear()
-    problem = case(window=window)
+    problem = case(window=window, kv=kv)
     prepared = peer.prepare(problem.operands(CPU))
     agrees(problem, prepared)
     assert made[0].tensor_cores is (peer is flashinfer_tensor)

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from qsun_bench import peers
+from qsun_bench import kv_choice, peers
 from qsun_bench.cases import Case, Selection, suites
 from qsun_bench.cases.attention import AttentionCase
 from qsun_bench.cases.wna16 import Wna16Case
+from qsun_bench.cases.write import WriteCase
 from qsun_bench.contenders import contenders
 from qsun_bench.shapes import SHAPES, matrices, models, shape
 from qsun_kernels.backends.problems import BACKENDS
 from qsun_kernels.quant import QuantSpec
+from qsun_kernels.testing.kv_codes import KV_KINDS
 
 CPU = torch.device("cpu")
+WRITES = (
+    WriteCase(5, 4, 2, 32, torch.bfloat16, ("rope",)),
+    WriteCase(5, 4, 2, 32, torch.bfloat16, ("norm", "rope"), "fp8-tensor"),
+    WriteCase(5, 4, 2, 32, torch.float16, ("rope", "rotate"), "int4", 32),
+)
 
 
 def test_the_shapes_are_those_of_the_published_models() -> None:
@@ -120,26 +129,130 @@ def test_bytes_of_attention() -> None:
     assert case.bytes - windowed.bytes == 2 * (100 - 16) * 2 * 64 * 2
 
 
+def test_bytes_of_codes_are_those_of_their_tensors() -> None:
+    """Whole blocks, so that every slot is counted; block table, lengths, q and the result beside them."""
+    others = (2 + 1) * 4 + 2 * 4 + 2 * 2 * 8 * 64 * 2
+    for kind in (*KV_KINDS, "auto"):
+        case = AttentionCase("a", (32, 16), 8, 2, 64, torch.bfloat16, kv=kind)
+        assert case.bytes - others == sum(t.nbytes for t in case.operands(CPU).tensors), kind
+    heads = {kv: kv_choice.head_bytes(kv, torch.bfloat16, 128) for kv in kv_choice.KV_CHOICES}
+    assert heads == {"auto": 256, "fp8": 132, "fp8-tensor": 128, "int8": 132, "int4": 68}
+
+
+def test_codes_hold_the_values_of_the_other_case() -> None:
+    values = AttentionCase("a", (40, 7), 4, 2, 64, torch.bfloat16)
+    # Half a step of the largest codes; with one scale for all a vector may lie at the foot of its binade.
+    limits = {"fp8": 16 / 448, "fp8-tensor": 1 / 16, "int8": 0.5 / 127, "int4": 0.5 / 7}
+    for kind in KV_KINDS:
+        coded = replace(values, kv=kind)
+        assert (coded.name, coded.fields()["kv_dtype"]) == (f"a.{kind}", kind)
+        pairs = zip(values.operands(CPU).gathered(0), coded.operands(CPU).gathered(0), strict=True)
+        for exact, rounded in pairs:
+            assert rounded.dtype == torch.float64 and rounded.shape == exact.shape == (2, 40, 64)
+            largest = exact.double().abs().amax(-1, keepdim=True)
+            error = (rounded - exact.double()).abs() / largest
+            assert 0 < error.max() <= 1.001 * limits[kind]
+
+
+def test_attention_on_a_gpu_covers_codes_groups_and_blocks() -> None:
+    cases = suites()["attention"].cases(Selection(torch.device("cuda")))
+    by_kind: dict[object, set[str]] = {}
+    for case in cases:
+        assert isinstance(case, AttentionCase)
+        by_kind.setdefault(case.fields()["kv_dtype"], set()).add(case.label)
+    assert set(by_kind) == {"bfloat16", "fp8", "int8", "int4"}
+    for kind in ("fp8", "int8", "int4"):
+        assert "h32kv8d128.64x8192" in by_kind[kind] <= by_kind["bfloat16"]
+    swept = [
+        c for c in cases if isinstance(c, AttentionCase) and c.seq_lens == (2048,) * 64 and c.kv == "auto"
+    ]
+    assert {c.q_heads // c.kv_heads for c in swept} == {4, 5, 6, 7, 8}
+    assert {c.block_size for c in swept} == {16, 32, 64, 128}
+    # FlashAttention 3 may end what comes behind these.
+    assert [case.name.partition(".")[2] for case in cases[-2:]] == ["64x8192", "128x4096"]
+
+
+def test_heads_codes_and_blocks_are_combined() -> None:
+    selection = Selection(
+        torch.device("cuda"),
+        batches=(2,),
+        contexts=(96,),
+        kv=("auto", "int4"),
+        block_sizes=(16, 32),
+        heads=((32, 8), (40, 8)),
+    )
+    assert [case.name for case in suites()["attention"].cases(selection)] == [
+        f"h{q}kv8d128.2x96{kv}{block}" for q in (32, 40) for kv in ("", ".int4") for block in ("", ".b32")
+    ]
+    assert [case.name for case in suites()["write"].cases(selection)] == [
+        f"h{q}kv8d128.{steps}{kv}{block}.T2"
+        for q in (32, 40)
+        for steps, kv in (
+            ("rope", ""),
+            ("norm+rope", ""),
+            ("rope+rotate", ".int4"),
+            ("norm+rope+rotate", ".int4"),
+        )
+        for block in ("", ".b32")
+    ]
+
+
+def test_bytes_of_a_write() -> None:
+    case = WriteCase(3, 4, 2, 32, torch.bfloat16, ("norm", "rope"))
+    heads = 3 * 32 * 2 * ((4 + 2 * 2) + (4 + 2 * 2))  # read, written
+    assert case.bytes == heads + 3 * (8 + 8 + 32 * 4) + 2 * 32 * 2
+    codes = WriteCase(3, 4, 2, 32, torch.bfloat16, ("rope",), "int4")
+    assert case.bytes - codes.bytes == 3 * 2 * 2 * (64 - (16 + 4)) + 2 * 32 * 2
+
+
+@pytest.mark.parametrize("who", ["torch", "separate"])
+@pytest.mark.parametrize("case", WRITES, ids=lambda case: case.name)
+def test_a_write_is_judged_with_all_that_it_changes(case: WriteCase, who: str) -> None:
+    (contender,) = [c for c in contenders(case.op) if c.name == who]
+    assert contender.available(case, CPU) is None
+    operands, x = case.operands(CPU), case.activation(CPU)
+    prepared = contender.prepare(operands)
+    q = prepared.run(x)
+    assert prepared.judge is not None and prepared.judge(x, q).ok
+    assert not prepared.judge(x, q * 1.1).ok
+    # One byte of a slot that no token has, and one of a value that one has.
+    kv = prepared.streamed
+    written = operands.call.slot_mapping.tolist()
+    for slot in (min(set(range(48)) - set(written)), written[0]):
+        place = kv[1].view(torch.uint8)[slot // case.block_size, 0, slot % case.block_size]
+        place[0] ^= 1
+        assert not prepared.judge(x, q).ok
+        place[0] ^= 1
+    assert prepared.judge(x, q).ok
+
+
 SMALL: tuple[Case, ...] = (
     Wna16Case("m", 3, 48, 96, QuantSpec(4, 32, True), torch.bfloat16),
     Wna16Case("m", 3, 48, 100, QuantSpec(3, 32, False), torch.float16),
     Wna16Case("m", 3, 48, 96, QuantSpec(4, 32, True), torch.bfloat16, act_order=True),
     AttentionCase("a", (33, 1, 16), 4, 2, 32, torch.bfloat16),
     AttentionCase("a", (33, 5), 4, 2, 32, torch.float32, window=8),
+    *(AttentionCase("a", (33, 5), 4, 2, 32, torch.float16, window=8, kv=kind) for kind in KV_KINDS),
 )
 
 
-@pytest.mark.parametrize("case", SMALL, ids=lambda case: f"{case.op}-{case.fields()['dtype']}")
+@pytest.mark.parametrize(
+    "case", (*SMALL, *WRITES), ids=lambda case: f"{case.op}-{case.name}-{case.fields()['dtype']}"
+)
 def test_operands_repeat_and_copies_are_their_own(case: Case) -> None:
     first, second = case.operands(CPU), case.operands(CPU)
     copied = first.copy()
     for a, b, c in zip(first.tensors, second.tensors, copied.tensors, strict=True):
-        assert torch.equal(a, b) and torch.equal(a, c)
+        assert same_bits(a, b) and same_bits(a, c)
         assert len({t.untyped_storage().data_ptr() for t in (a, b, c)}) == 3
     assert torch.equal(case.activation(CPU), case.activation(CPU))
 
 
-@pytest.mark.parametrize("case", SMALL, ids=lambda case: f"{case.op}-{case.fields()['dtype']}")
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: f"{case.op}-{case.name}-{case.fields()['dtype']}")
 def test_the_oracle_agrees_with_torch_and_our_reference(case: Case) -> None:
     operands, x = case.operands(CPU), case.activation(CPU)
     exact, plain = operands.exact(x), operands.plain(x)
@@ -165,6 +278,7 @@ def test_ours_and_the_peers_are_known() -> None:
             "tinygemm",
         ],
         "paged_attention_decode": [*BACKENDS, "fa3", "flashinfer-cuda", "flashinfer-tensor", "sdpa"],
+        "write_kv_cache": [*BACKENDS, "separate"],
     }
     assert {peer.OPERATOR for peer in peers.modules()} <= set(by_op)
     with pytest.raises(ValueError, match="op is 'softmax', expected one of wna16_linear"):

@@ -33,7 +33,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert "smollm2-135m.qkv.w4g64.M1" in out and "int4pack_cpu" in out
 
 
-@pytest.mark.parametrize("suite", ["wna16", "attention"])
+@pytest.mark.parametrize("suite", ["wna16", "attention", "write"])
 def test_a_suite_runs_on_the_cpu_and_says_so(
     suite: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -48,6 +48,47 @@ def test_a_suite_runs_on_the_cpu_and_says_so(
     assert plot.read_bytes()[:4] == b"\x89PNG"
     captured = capsys.readouterr()
     assert "not run: triton: " in captured.err and run.records[0].case in captured.out
+
+
+def test_attention_of_codes_is_told_against_values(capsys: pytest.CaptureFixture[str]) -> None:
+    options = [
+        "--device",
+        "cpu",
+        "--batch",
+        "2",
+        "--context",
+        "40",
+        "--seconds",
+        "0.005",
+        "--backend",
+        "torch",
+    ]
+    lists = ["--kv-dtype", "auto,fp8,fp8-tensor,int8,int4", "--block-size", "16,32", "--heads", "4x2,6x2"]
+    assert main(["attention", *options, *lists]) == 0
+    out = capsys.readouterr().out
+    assert "h6kv2d64.2x40.int4.b32" in out and "codes against values" in out
+    assert "query heads over the same" in out and "blocks of the cache in us" in out
+    assert "Triton against CUDA" not in out
+
+
+@pytest.mark.damaged
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--kv-dtype", "fp4", "got 'fp4', expected some of auto, fp8, fp8-tensor, int8, int4"),
+        ("--heads", "9x2", "got '9x2', expected query heads x key heads"),
+        ("--heads", "8x0", "got '8x0', expected query heads x key heads"),
+        ("--heads", "8", "got '8', expected query heads x key heads"),
+        ("--block-size", "0", "got '0', expected integers of at least 1"),
+    ],
+)
+def test_lists_of_attention_are_checked(
+    option: str, value: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["attention", option, value])
+    assert left.value.code == 2
+    assert says in capsys.readouterr().err
 
 
 def test_json_to_stdout_is_alone_there(capsys: pytest.CaptureFixture[str]) -> None:

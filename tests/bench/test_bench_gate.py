@@ -62,7 +62,13 @@ WRONG: tuple[Callable[[Tensor], Tensor], ...] = (
 
 @pytest.mark.parametrize("spoil", WRONG, ids=lambda f: f.__name__)
 @pytest.mark.parametrize(
-    "case", [CASE, AttentionCase("a", (65, 17), 4, 2, 64, torch.bfloat16)], ids=["wna16", "attention"]
+    "case",
+    [
+        CASE,
+        AttentionCase("a", (65, 17), 4, 2, 64, torch.bfloat16),
+        AttentionCase("a", (65, 17), 4, 2, 64, torch.bfloat16, kv="int4"),
+    ],
+    ids=["wna16", "attention", "attention-codes"],
 )
 def test_wrong_results_are_judged_wrong(
     case: Wna16Case | AttentionCase, spoil: Callable[[Tensor], Tensor]

@@ -114,6 +114,17 @@ def test_plots_of_time_against_skew(tmp_path: Path) -> None:
         ),
     )
     (panel,) = plots._by_total(run.records).items()
+    coded = [
+        replace(
+            record,
+            case=f"{record.case}.int4.b32",
+            fields={**record.fields, "kv_dtype": "int4", "block_size": 32},
+        )
+        for record in run.records[:2]
+    ]
+    both = plots._by_total([*run.records, *coded])
+    assert list(both) == [panel[0], "h8 int4 blocks of 32: 2 requests, 8 tokens"]
+    assert both[panel[0]] == panel[1]
     assert panel[0] == "h8: 2 requests, 8 tokens"
     assert [plots._skew(record) for record in panel[1]] == [1.0, 1.75, 1.75]
     plots.save_skew(run, tmp_path / "skew.svg")
@@ -158,7 +169,10 @@ def test_a_changed_run_is_noticed(tree: Path) -> None:
             r"needs bench/results/h100/decode\.json, which is not",
         ),
         ("<!-- bench:wna16 -->\n<!-- /bench -->\n", "block bench:wna16 needs"),
-        ("<!-- bench:wna16-h100:best -->\n<!-- /bench -->\n", "asks for 'best', expected nothing or margins"),
+        (
+            "<!-- bench:wna16-h100:best -->\n<!-- /bench -->\n",
+            "asks for 'best', expected nothing or one of margins, codes",
+        ),
         ("<!-- bench:wna16-h100 -->\nno end\n", "1 marks make 0 blocks, expected an end for every start"),
         (
             "<!-- bench:wna16-h100 -->\n<!-- bench:wna16-h100 -->\n<!-- /bench -->\n",

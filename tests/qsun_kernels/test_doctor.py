@@ -14,6 +14,7 @@ from qsun_kernels.backends.problems import BACKENDS
 
 OPERATORS = [
     "wna16_linear",
+    "wna16_linear_rms_norm",
     "wna16_gate_up_silu",
     "paged_attention_decode",
     "write_kv_cache",

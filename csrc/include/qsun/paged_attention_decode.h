@@ -54,6 +54,10 @@ struct PagedAttentionDecodeParams {
   int64_t window = -1;  // last positions that a query token attends to, or -1: all
   float softmax_scale = 1.0f;
   float softcap = 0.0f;  // above 0, or 0: none
+  // The launch directly in front of this one on the stream is the write_kv_cache() of the q_len newest
+  // positions of each request, and writes nothing else of what this one reads, q apart. Of that launch this
+  // one then waits for q and those positions only; the rest it reads while that one still runs.
+  bool follows_write = false;
   DType dtype = DType::kFloat32;
   DType kv_dtype = DType::kFloat32;      // dtype, or codes
   KvScales kv_scales = KvScales::kNone;  // of codes kToken, of kFloat8E4M3 also kTensor

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "qsun/device.h"
 #include "qsun/export.h"
@@ -11,7 +12,9 @@
 namespace qsun {
 
 // out = x @ w.T (+ bias) (+ residual), or silu(x @ gate.T) * (x @ up.T), with a weight laid out in panels
-// (csrc/wna16/panels.h) and x of a 16-bit type. w[n, k] = (code - zero) * scale.
+// (csrc/wna16/panels.h) and x of a 16-bit type. w[n, k] = (code - zero) * scale. With a norm, which ends a
+// residual block, also norm_out = out / sqrt(mean(out^2) + norm_eps) * norm_weight over the rows of out as
+// they were rounded: the bits are those of the kernel of rms_norm.h.
 struct Wna16PanelsParams {
   const void* x = nullptr;          // (M, K) dtype, rows x_stride elements apart
   const uint8_t* panels = nullptr;  // (ceil(N / 64), column_blocks, block_bytes), aligned to 16 bytes
@@ -19,8 +22,10 @@ struct Wna16PanelsParams {
                                     // for none; null: stored columns are those of x
   const void* bias = nullptr;       // (N,) dtype; null: none
   const void* residual = nullptr;   // (M, N) dtype, rows residual_stride elements apart; null: none
-  void* out = nullptr;              // (M, N) dtype, or (M, N / 2) for gate_up, rows out_stride elements apart
-  void* scratch = nullptr;          // wna16_panels_scratch_bytes(), aligned to 16; used by this call alone
+  const void* norm_weight = nullptr;  // (N,) dtype; null: no norm
+  void* out = nullptr;       // (M, N) dtype, or (M, N / 2) for gate_up, rows out_stride elements apart
+  void* norm_out = nullptr;  // (M, N) dtype, contiguous; null exactly when norm_weight is
+  void* scratch = nullptr;   // wna16_panels_scratch_bytes(), aligned to 16; used by this call alone
   int64_t scratch_bytes = 0;
   int64_t M = 0;              // 0: nothing is launched
   int64_t N = 0;              // rows of the weight; of gate and up together for gate_up
@@ -29,10 +34,11 @@ struct Wna16PanelsParams {
   int64_t x_stride = 0;
   int64_t residual_stride = 0;
   int64_t out_stride = 0;
+  float norm_eps = 0.0f;
   int bits = 4;              // 2, 3, 4 or 8
   int groups_per_block = 1;  // 4, 2 or 1: groups of 32, 64 or 128 columns
   bool has_zeros = false;    // zero points are stored; else every zero is 2^(bits - 1)
-  bool gate_up = false;      // rows are gate and up, interleaved (panels.h); bias and residual must be null
+  bool gate_up = false;  // rows are gate and up, interleaved (panels.h); bias, residual and norm must be null
   bool batch_invariant = false;  // a row of out depends on nothing but its row of x
   // Weights are read before the kernels that this launch depends on have ended. Set to false where one of
   // them writes the weight.
@@ -57,17 +63,41 @@ struct StreamConfig {
 };
 QSUN_API std::string to_string(const StreamConfig& config);
 
+// How the kernel in csrc/wna16/gemm_sm90.cuh is launched. token_tile and warp_groups are one of gemm_tiles().
+struct GemmConfig {
+  int token_tile = 64;  // tokens that a block multiplies
+  int warp_groups = 2;  // of a block, each with 64 weight rows
+  int split_k = 1;      // blocks that share the columns, 1 to 16
+  int stages = 4;       // column blocks of the weight and of x in flight or in use, 2 to 8; 1 for one in all
+  // What is split is added by the blocks themselves, as a cluster of 2 to 8, for token tiles from 64 on; else
+  // params.scratch takes the sums and a second kernel adds them.
+  bool adds_in_cluster = false;
+};
+QSUN_API std::string to_string(const GemmConfig& config);
+
+struct GemmTile {
+  int token_tile, warp_groups;
+};
+// What the kernel is compiled for.
+QSUN_API std::vector<GemmTile> gemm_tiles();
+
 // What runs a problem: the kernel for many tokens (csrc/wna16/gemm_sm90.cuh) or the streaming one, and how
-// the latter is launched. Pure: they depend on the sizes, the alignment of the pointers and the device alone.
+// either is launched. Pure: they depend on the sizes, the alignment of the pointers and the device alone.
 QSUN_API bool uses_gemm(const Wna16PanelsParams& params, const DeviceProps& props);
 QSUN_API StreamConfig choose_stream(const Wna16PanelsParams& params, const DeviceProps& props);
+QSUN_API GemmConfig choose_gemm(const Wna16PanelsParams& params, const DeviceProps& props);
+// Shared memory of a block, bytes.
+QSUN_API int wna16_panels_shared_bytes(const Wna16PanelsParams& params, const StreamConfig& config);
+QSUN_API int wna16_panels_shared_bytes(const Wna16PanelsParams& params, const GemmConfig& config);
 // Bytes of scratch that a call with these sizes, dtype and alignment of x needs; 0 for most.
 QSUN_API int64_t wna16_panels_scratch_bytes(const Wna16PanelsParams& params, const DeviceProps& props);
+QSUN_API int64_t wna16_panels_scratch_bytes(const Wna16PanelsParams& params, const GemmConfig& config);
 // Kernel and launch in one line.
 QSUN_API std::string describe(const Wna16PanelsParams& params, const DeviceProps& props);
 
 QSUN_API Status wna16_panels(const Wna16PanelsParams& params);
-// By the streaming kernel, with a configuration of the caller's, which must be one that it is compiled for.
+// By one of the kernels, with a configuration of the caller's, which must be one that it is compiled for.
 QSUN_API Status wna16_panels(const Wna16PanelsParams& params, const StreamConfig& config);
+QSUN_API Status wna16_panels(const Wna16PanelsParams& params, const GemmConfig& config);
 
 }  // namespace qsun

@@ -60,18 +60,15 @@ class Attention:
         self.k_norm = k_norm
         self.window = window
 
-    def __call__(
-        self,
-        x: Tensor,
-        ctx: ForwardContext,
-        kv: LayerKV,
-        cos_sin: Tensor,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """x (T, H) -> (T, H); writes the keys and values of these T tokens to the cache on the way.
+    def __call__(self, x: Tensor, ctx: ForwardContext, kv: LayerKV, cos_sin: Tensor) -> Tensor:
+        """x (T, H) -> (T, H), through `attended` and `o`."""
+        return self.o(self.attended(x, ctx, kv, cos_sin))
 
-        kv: this layer's cache.  cos_sin: float32 (max_positions, head_dim).  residual: (T, H), added to the
-        output when given.
+    def attended(self, x: Tensor, ctx: ForwardContext, kv: LayerKV, cos_sin: Tensor) -> Tensor:
+        """The heads' outputs side by side, the input of `o`: x (T, H) -> (T, num_q_heads * head_dim).
+
+        Writes the keys and values of these T tokens to the cache on the way.  kv: this layer's cache.
+        cos_sin: float32 (max_positions, head_dim).
         """
         q, k, v = self._heads(self.qkv(x))
         # Where the cache holds rotated keys, q comes back rotated as well.
@@ -103,13 +100,15 @@ class Attention:
                 k_scale=kv.k_scale,
                 v_scale=kv.v_scale,
                 plan=ctx.attention.plans.get(self.window),
+                # The write in front is of these very tokens; a step's plan, tables and lengths are older.
+                follows_write=True,
             )
         else:
             out = torch.empty_like(q)
             for chunk in ctx.attention.chunks:
                 rows = slice(chunk.start, chunk.start + chunk.length)
                 out[rows] = self._attend_chunk(q[rows], kv, chunk)
-        return self.o(out.view(x.shape[0], self.num_q_heads * self.head_dim), residual)
+        return out.view(x.shape[0], self.num_q_heads * self.head_dim)
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views (T, heads, head_dim) of the queries, keys and values in qkv (T, N)."""

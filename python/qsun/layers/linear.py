@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qsun_kernels import PackedWeight, PreparedWeight, wna16_linear
+from qsun.layers.norm import RMSNorm
+from qsun_kernels import PackedWeight, PreparedWeight, wna16_linear, wna16_linear_rms_norm
 
 
 class Linear(Protocol):
-    """y = x @ W.T (+ bias) (+ residual), with x (..., K), residual and y (..., N)."""
+    """y = x @ W.T (+ bias), with x (..., K) and y (..., N)."""
 
     @property
     def N(self) -> int:
@@ -27,12 +28,14 @@ class Linear(Protocol):
     def nbytes(self) -> int:
         """Bytes that the layer keeps and that one call reads."""
 
-    @property
-    def adds_residual(self) -> bool:
-        """Whether a residual is added before the one rounding, at no cost of its own."""
-
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """Apply the layer."""
+
+    def end_block(self, x: Tensor, stream: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """Add the layer's output to the residual stream (..., N), and normalise the sum for the next block.
+
+        Returns (normalised, new residual stream).
+        """
 
 
 class DenseLinear:
@@ -65,15 +68,13 @@ class DenseLinear:
         """Bytes of weight and bias."""
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
-    @property
-    def adds_residual(self) -> bool:
-        """False: torch would copy the residual first; the norm that follows adds it in its own pass."""
-        return False
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (..., K) -> (..., N)."""
+        return functional.linear(x, self.weight, self.bias)
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x (..., K) -> (..., N), plus residual (..., N) when given."""
-        y = functional.linear(x, self.weight, self.bias)
-        return y if residual is None else y + residual
+    def end_block(self, x: Tensor, stream: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """(normalised, new stream): the norm adds the output in its own pass; torch would copy the stream."""
+        return norm.add(self(x), stream)
 
 
 class QuantLinear:
@@ -104,14 +105,15 @@ class QuantLinear:
         """Bytes of the prepared weight and the bias."""
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
-    @property
-    def adds_residual(self) -> bool:
-        """True: `wna16_linear` adds it to the float32 sums."""
-        return True
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (..., K) -> (..., N)."""
+        return wna16_linear(x, self.weight, self.bias)
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x (..., K) -> (..., N), plus residual (..., N) when given."""
-        return wna16_linear(x, self.weight, self.bias, residual)
+    def end_block(self, x: Tensor, stream: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """(normalised, new stream): the stream is added to the float32 sums; where a kernel adds the parts of
+        a product, the norm is made in the same launch.
+        """
+        return wna16_linear_rms_norm(x, self.weight, stream, norm.weight, eps=norm.eps, bias=self.bias)
 
 
 class SplitLinear:
@@ -142,15 +144,13 @@ class SplitLinear:
         """Bytes of all parts."""
         return sum(part.nbytes for part in self.parts)
 
-    @property
-    def adds_residual(self) -> bool:
-        """False: the parts' outputs are joined first."""
-        return False
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (..., K) -> (..., N): the parts' outputs side by side."""
+        return torch.cat([part(x) for part in self.parts], dim=-1)
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x (..., K) -> (..., N): the parts' outputs side by side, plus residual (..., N) when given."""
-        y = torch.cat([part(x) for part in self.parts], dim=-1)
-        return y if residual is None else y + residual
+    def end_block(self, x: Tensor, stream: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """(normalised, new stream): the parts' outputs are joined first."""
+        return norm.add(self(x), stream)
 
 
 def are_one_matrix(weights: Sequence[PackedWeight]) -> bool:

@@ -51,8 +51,12 @@ class GatedMLP:
         self.gate_up = gate_up
         self.down = down
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x (T, H) -> (T, H), plus residual (T, H) when given."""
+    def gated(self, x: Tensor) -> Tensor:
+        """silu(gate(x)) * up(x), the input of `down`: x (T, H) -> (T, F)."""
         if isinstance(self.gate_up, GateUpSilu):
-            return self.down(self.gate_up(x), residual)
-        return self.down(silu_and_mul(self.gate_up(x)), residual)
+            return self.gate_up(x)
+        return silu_and_mul(self.gate_up(x))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (T, H) -> (T, H)."""
+        return self.down(self.gated(x))

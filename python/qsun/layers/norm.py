@@ -20,15 +20,6 @@ class RMSNorm:
         """x (..., H) -> (..., H)."""
         return rms_norm(x, self.weight, eps=self.eps)
 
-    def add(self, x: Tensor | None, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Add x (..., H) to the residual stream and normalise the sum.
-
-        Returns (normalised, new residual stream).  residual None means that x starts the stream, x None that
-        the stream holds it already.
-        """
-        if x is None:
-            assert residual is not None, "a stream without a beginning"
-            return self(residual), residual
-        if residual is None:
-            return self(x), x
-        return rms_norm(x, self.weight, eps=self.eps, residual=residual)
+    def add(self, x: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """Add x (..., H) to the residual stream and normalise the sum: (normalised, new residual stream)."""
+        return rms_norm(x, self.weight, eps=self.eps, residual=stream)

@@ -31,26 +31,21 @@ class DecoderLayer:
 
     def __call__(
         self,
-        x: Tensor | None,
-        residual: Tensor | None,
+        normed: Tensor,
+        stream: Tensor,
         ctx: ForwardContext,
         kv: LayerKV,
         cos_sin: Tensor,
-    ) -> tuple[Tensor | None, Tensor]:
-        """x (T, H) is the last layer's output, not yet added to the residual stream (T, H).
+        next_norm: RMSNorm,
+    ) -> tuple[Tensor, Tensor]:
+        """normed (T, H) is the residual stream (T, H) after this layer's `attention_norm`.
 
-        Returns this layer's output and the stream, in the same state: the next norm does the addition.  Where
-        the matmul can add at no cost, x is None and the stream has the layer's output in it.
+        Returns the same two for the next layer, whose norm is `next_norm`: a block's last product, its
+        addition to the stream and the norm that follows are one operation.
         """
-        normed, residual = self.attention_norm.add(x, residual)
-        if self.attention.o.adds_residual:
-            x, residual = None, self.attention(normed, ctx, kv, cos_sin, residual)
-        else:
-            x = self.attention(normed, ctx, kv, cos_sin)
-        normed, residual = self.mlp_norm.add(x, residual)
-        if self.mlp.down.adds_residual:
-            return None, self.mlp(normed, residual)
-        return self.mlp(normed), residual
+        attended = self.attention.attended(normed, ctx, kv, cos_sin)
+        normed, stream = self.attention.o.end_block(attended, stream, self.mlp_norm)
+        return self.mlp.down.end_block(self.mlp.gated(normed), stream, next_norm)
 
 
 class DecoderStack:
@@ -81,11 +76,12 @@ class DecoderStack:
         """
         if isinstance(ctx.attention, DecodeAttention):
             ctx = replace(ctx, attention=self._planned(ctx.attention, hidden, kv_cache))
-        residual: Tensor | None = None
-        x: Tensor | None = hidden
+        norms = [layer.attention_norm for layer in self.layers] + [self.norm]
+        normed, stream = norms[0](hidden), hidden
         for index, layer in enumerate(self.layers):
-            x, residual = layer(x, residual, ctx, kv_cache.layer(index), self.cos_sin)
-        return self.norm.add(x, residual)[0]
+            kv = kv_cache.layer(index)
+            normed, stream = layer(normed, stream, ctx, kv, self.cos_sin, norms[index + 1])
+        return normed
 
     __call__ = forward
 

@@ -21,6 +21,7 @@ from qsun.core import ForwardContext, PrefillAttention, PrefillChunk
 from qsun.kv_cache.tensors import KVCache
 from qsun.layers.linear import Linear
 from qsun.layers.mlp import GateUpSilu
+from qsun.layers.norm import RMSNorm
 from qsun.models.build import Placement, build_layer
 from qsun.models.config import ModelConfig
 from qsun.models.weights import (
@@ -57,13 +58,13 @@ class _Observed:
     def nbytes(self) -> int:
         return self.linear.nbytes
 
-    @property
-    def adds_residual(self) -> bool:
-        return self.linear.adds_residual
-
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         self.statistics.update(x)
-        return self.linear(x, residual)
+        return self.linear(x)
+
+    def end_block(self, x: Tensor, stream: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        self.statistics.update(x)
+        return self.linear.end_block(x, stream, norm)
 
 
 class AwqCalibration:
@@ -150,6 +151,13 @@ class AwqCalibration:
             block_ids = torch.arange(-(-length // BLOCK_SIZE), device=device)
             chunk = PrefillChunk(start=0, length=length, context_len=0, block_ids=block_ids)
             ctx = ForwardContext(positions, positions, PrefillAttention((chunk,)))
-            x, residual = dense(hidden, None, ctx, self._cache.layer(0), self._cos_sin)
-            self._hidden[index] = residual if x is None else x + residual
+            # The next layer has no place yet, so its norm is made there: any norm serves to end this one.
+            _, self._hidden[index] = dense(
+                dense.attention_norm(hidden),
+                hidden,
+                ctx,
+                self._cache.layer(0),
+                self._cos_sin,
+                next_norm=dense.attention_norm,
+            )
         return statistics

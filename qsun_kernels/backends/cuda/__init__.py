@@ -1,7 +1,7 @@
 """The CUDA backend: launchers on the binding of libqsun.
 
     library    the binding, what it was built for, why it cannot run here; what launchers share
-    linear     wna16_linear, wna16_gate_up_silu, dequantize
+    linear     wna16_linear, wna16_linear_rms_norm, wna16_gate_up_silu, dequantize
     attention  paged_attention_decode
     write_kv_cache
     fused      rms_norm, silu_and_mul, apply_rope
@@ -37,6 +37,9 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
             linear.wna16_gate_up_silu,
             linear.describe_gate_up,
             linear.prepare_gate_up,
+        ),
+        "wna16_linear_rms_norm": Implementation(
+            linear.supports_linear_rms_norm, linear.wna16_linear_rms_norm, linear.describe_linear_rms_norm
         ),
         "dequantize": Implementation(
             linear.supports_linear, linear.dequantize, always("dequantize: a thread rebuilds 8 weights")

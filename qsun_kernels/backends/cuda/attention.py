@@ -196,6 +196,7 @@ def paged_attention_decode(
     plan: tuple[Tensor, ...] | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    follows_write: bool = False,
     config: library.binding.PagedAttentionDecodeConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out (B * q_len, Hq, D), into `out` when that is given, and lse (B * q_len, Hq).
@@ -224,6 +225,7 @@ def paged_attention_decode(
         if out.data_ptr() % 8:
             result = torch.empty_like(out)
     if plan is None:
+        follows_write = False  # the launch in front is the one that plans
         plan = _plan(seq_lens, q_len, num_q_heads, num_kv_heads, head_dim, block_size, last, kind, config)
     scratch = None
     if launch.scratch_bytes:
@@ -253,6 +255,7 @@ def paged_attention_decode(
         last,
         softmax_scale,
         0.0 if softcap is None else softcap,
+        follows_write,
         *kind,
         device,
         library.stream(device),

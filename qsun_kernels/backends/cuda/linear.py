@@ -1,20 +1,21 @@
-"""wna16_linear, wna16_gate_up_silu and dequantize on the CUDA library."""
+"""wna16_linear, wna16_linear_rms_norm, wna16_gate_up_silu and dequantize on the CUDA library."""
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qsun_kernels.backends.cuda import library
+from qsun_kernels.backends.cuda import fused, library
 from qsun_kernels.backends.panels import BLOCK_COLUMNS, pack_panels
 from qsun_kernels.backends.problems import (
     DequantizeProblem,
     LinearOperator,
     PreparedWeight,
     Wna16GateUpSiluProblem,
+    Wna16LinearRmsNormProblem,
     Wna16Problem,
 )
 
@@ -55,6 +56,19 @@ def describe_gate_up(problem: Wna16GateUpSiluProblem) -> str:
     return f"{describe_linear(problem.linear)}; silu(gate) * up before the one rounding"
 
 
+def supports_linear_rms_norm(problem: Wna16LinearRmsNormProblem) -> str | None:
+    return supports_linear(problem.linear) or fused.supports_rms_norm(problem.norm)
+
+
+def describe_linear_rms_norm(problem: Wna16LinearRmsNormProblem) -> str:
+    if problem.dtype not in PANEL_DTYPES:
+        return f"{describe_linear(problem.linear)}; then {fused.describe_rms_norm(problem.norm)}"
+    return (
+        f"{describe_linear(problem.linear)}; the norm in the launch that adds the parts of a product whose "
+        f"columns were split, else {fused.describe_rms_norm(problem.norm)}"
+    )
+
+
 def prepare(packed: PackedWeight, dtype: torch.dtype) -> PreparedWeight:
     if dtype not in PANEL_DTYPES:
         return PreparedWeight(packed.spec, packed.N, packed.K, dtype, "cuda", ROWS_LAYOUT, packed.tensors)
@@ -91,6 +105,35 @@ def wna16_linear(
     return out
 
 
+class _Norm(NamedTuple):
+    """What a product's rows go through at its end: out (M, N) is their norm."""
+
+    weight: Tensor
+    eps: float
+    out: Tensor
+
+
+def wna16_linear_rms_norm(
+    x: Tensor,
+    weight: PreparedWeight,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    bias: Tensor | None,
+    batch_invariant: bool,
+) -> tuple[Tensor, Tensor]:
+    """x (M, K), residual (M, N), norm_weight (N,) -> (norm of r, r), both (M, N)."""
+    stream = torch.empty((x.shape[0], weight.N), dtype=x.dtype, device=x.device)
+    if weight.stored_layout == ROWS_LAYOUT:
+        _launch_rows(x, weight, bias, residual, stream)
+        norm = fused.rms_norm(stream, norm_weight, eps, None)
+        assert isinstance(norm, Tensor)
+        return norm, stream
+    norm = torch.empty_like(stream)
+    launch_panels(x, weight, bias, residual, stream, batch_invariant, norm=_Norm(norm_weight, eps, norm))
+    return norm, stream
+
+
 def wna16_gate_up_silu(x: Tensor, weight: PreparedWeight, out: Tensor | None) -> Tensor:
     """x (M, K) -> (M, N / 2), into `out` when that is given."""
     if out is None:
@@ -123,9 +166,13 @@ def launch_panels(
     residual: Tensor | None,
     out: Tensor,
     batch_invariant: bool,
-    config: library.binding.StreamConfig | None = None,
+    config: library.binding.StreamConfig | library.binding.GemmConfig | None = None,
+    norm: _Norm | None = None,
 ) -> None:
-    """config: how to run the streaming kernel, for tests and tuning; by default the library chooses."""
+    """config: which kernel to run and how, for tests and tuning; by default the library chooses.
+
+    The kernel of a GemmConfig cannot gather: it refuses an act-order weight.
+    """
     spec, panels = weight.spec, weight.tensors[0]
     perm = weight.tensors[1] if len(weight.tensors) == 2 else None
     if perm is not None and x.shape[0] > _GATHERED_BEFORE and not batch_invariant and config is None:
@@ -135,7 +182,11 @@ def launch_panels(
     groups_per_block = 1 if group == "channel" else BLOCK_COLUMNS // group
     device = x.get_device()
     scratch, scratch_bytes = None, 0
-    if perm is None and config is None:
+    if config is not None:
+        if isinstance(config, library.binding.GemmConfig):
+            sizes = x.shape[0], weight.N, x.shape[1]
+            scratch_bytes = library.binding.wna16_gemm_scratch_bytes(*sizes, config)
+    elif perm is None:
         scratch_bytes = _scratch_bytes(
             x.shape[0],
             weight.N,
@@ -146,8 +197,8 @@ def launch_panels(
             batch_invariant,
             device,
         )
-        if scratch_bytes:
-            scratch = torch.empty(scratch_bytes // 4, dtype=torch.float32, device=x.device)
+    if scratch_bytes:
+        scratch = torch.empty(scratch_bytes // 4, dtype=torch.float32, device=x.device)
     library.binding.wna16_panels(
         config,
         x.data_ptr(),
@@ -155,7 +206,9 @@ def launch_panels(
         library.address(perm),
         library.address(bias),
         library.address(residual),
+        0 if norm is None else norm.weight.data_ptr(),
         out.data_ptr(),
+        0 if norm is None else norm.out.data_ptr(),
         library.address(scratch),
         scratch_bytes,
         x.shape[0],
@@ -165,6 +218,7 @@ def launch_panels(
         x.stride(0),
         library.row_stride(residual),
         out.stride(0),
+        0.0 if norm is None else norm.eps,
         spec.bits,
         groups_per_block,
         not spec.symmetric,

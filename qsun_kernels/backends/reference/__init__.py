@@ -14,6 +14,7 @@ from qsun_kernels.backends.reference import (
     silu_and_mul,
     wna16_gate_up_silu,
     wna16_linear,
+    wna16_linear_rms_norm,
     write_kv_cache,
 )
 
@@ -28,6 +29,7 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = {
     "silu_and_mul": silu_and_mul.IMPLEMENTATION,
     "wna16_gate_up_silu": wna16_gate_up_silu.IMPLEMENTATION,
     "wna16_linear": wna16_linear.IMPLEMENTATION,
+    "wna16_linear_rms_norm": wna16_linear_rms_norm.IMPLEMENTATION,
     "write_kv_cache": write_kv_cache.IMPLEMENTATION,
 }
 

@@ -110,6 +110,7 @@ def run(
     plan: tuple[Tensor, ...] | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    follows_write: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of each request's last tokens to its cached ones, and the logarithm of the softmax's
     denominator.

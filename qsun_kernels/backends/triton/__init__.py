@@ -28,6 +28,7 @@ def _import() -> tuple[Mapping[str, Implementation], str | None]:
     from qsun_kernels.backends.triton.silu_and_mul import SILU_AND_MUL
     from qsun_kernels.backends.triton.wna16_gate_up_silu import WNA16_GATE_UP_SILU
     from qsun_kernels.backends.triton.wna16_linear import WNA16_LINEAR
+    from qsun_kernels.backends.triton.wna16_linear_rms_norm import WNA16_LINEAR_RMS_NORM
     from qsun_kernels.backends.triton.write_kv_cache import WRITE_KV_CACHE
 
     implementations = {
@@ -39,6 +40,7 @@ def _import() -> tuple[Mapping[str, Implementation], str | None]:
         "silu_and_mul": SILU_AND_MUL,
         "wna16_gate_up_silu": WNA16_GATE_UP_SILU,
         "wna16_linear": WNA16_LINEAR,
+        "wna16_linear_rms_norm": WNA16_LINEAR_RMS_NORM,
         "write_kv_cache": WRITE_KV_CACHE,
     }
     return MappingProxyType(implementations), None

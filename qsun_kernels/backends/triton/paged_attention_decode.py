@@ -280,11 +280,13 @@ def paged_attention_decode(
     plan: tuple[Tensor, ...] | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    follows_write: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(out (B * q_len, Hq, D), lse float32 (B * q_len, Hq)); caches (num_blocks, Hkv, block_size, D or
     D / 2), scales (num_blocks, Hkv, block_size) or (1,).
 
-    plan: what `plan_paged_attention` made for these sizes and lengths; None makes one.
+    plan: what `plan_paged_attention` made for these sizes and lengths; None makes one. follows_write: nothing
+    here makes use of it.
     """
     rows, num_q_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape

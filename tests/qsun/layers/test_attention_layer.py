@@ -6,13 +6,15 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qsun.core import DecodeAttention, ForwardContext, PrefillAttention, PrefillChunk
 from qsun.kv_cache.tensors import LayerKV
+from qsun.layers import attention as attention_layer
 from qsun.layers.attention import Attention
 from qsun.layers.linear import DenseLinear
 from qsun.layers.norm import RMSNorm
-from qsun_kernels import RopeParameters, rope_cache
+from qsun_kernels import RopeParameters, paged_attention_decode, rope_cache, write_kv_cache
 
 HIDDEN, D = 24, 8
 COS_SIN = rope_cache(RopeParameters(100.0), D, 64)
@@ -118,3 +120,35 @@ def test_a_cache_in_another_dtype_than_the_activations():
     got = torch.cat(got).double()
     expected = written_out(layer, x)
     assert got.dtype == torch.float64 and 1e-6 < (got - expected).norm() / expected.norm() < 1e-2
+
+
+def test_nothing_is_launched_between_the_write_and_the_attention_that_follows_it(monkeypatch) -> None:
+    """What `follows_write` promises: the launch in front of the attention is the write of its new tokens."""
+    log: list[str] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            log.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    def write(*arguments, **options):
+        result = write_kv_cache(*arguments, **options)
+        log.append("written")
+        return result
+
+    def attend(*arguments, **options):
+        assert options["follows_write"] is True
+        log.append("attending")
+        return paged_attention_decode(*arguments, **options)
+
+    monkeypatch.setattr(attention_layer, "write_kv_cache", write)
+    monkeypatch.setattr(attention_layer, "paged_attention_decode", attend)
+    layer = make((4, 2), None, norms=True)
+    kv = LayerKV(*(torch.zeros(3, 2, 4, D) for _ in range(2)))
+    step = DecodeAttention(torch.tensor([[1, 0]], dtype=torch.int32), torch.tensor([6], dtype=torch.int32))
+    with Recorder():
+        layer(
+            random(1, HIDDEN, seed=7), ForwardContext(torch.tensor([5]), torch.tensor([1]), step), kv, COS_SIN
+        )
+    assert log.index("attending") == log.index("written") + 1
+    assert "aten.mm.default" in log  # the recorder sees what is launched

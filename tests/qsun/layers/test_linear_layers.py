@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qsun.layers.linear import DenseLinear, QuantLinear, SplitLinear, are_one_matrix
+from qsun.layers.norm import RMSNorm
 from qsun.models.build import Placement, build_linear
 from qsun.models.weights import Projection
 from qsun_kernels import PackedWeight, QuantSpec, dequantize, prepare_weight
@@ -45,7 +46,10 @@ def test_a_layer_is_its_formula(kind, bias):
     x, residual = random(2, 5, 64, seed=1), random(2, 5, 24, seed=2)
     expected = x.double() @ exact.double().T + (0 if bias is None else bias.double())
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(layer(x, residual).double(), expected + residual, rtol=1e-5, atol=1e-5)
+    norm = RMSNorm(random(24, seed=4), 1e-5)
+    normed, stream = layer.end_block(x, residual, norm)
+    torch.testing.assert_close(stream.double(), expected + residual, rtol=1e-5, atol=1e-5)
+    assert torch.equal(normed, norm(stream))
 
 
 def test_bytes_are_those_that_are_kept():

@@ -117,6 +117,7 @@ def emulated_extension() -> Iterator[ModuleType]:
     """csrc as a Python module that runs on the CPU."""
     sources = {path for pattern in ("*.cu", "*.cpp") for path in ROOT.glob(f"csrc/**/{pattern}")}
     sources -= {path for pattern in NOT_EMULATED for path in ROOT.glob(pattern)}
+    sources.add(EMULATOR / "add_parts.cu")
     built = build_emulated("_C", sources)
     spec = importlib.util.spec_from_file_location("_C", built)
     assert spec is not None and spec.loader is not None

@@ -1,7 +1,13 @@
 """Every instance of every CUDA kernel once, at awkward sizes, for compute-sanitizer.
 
-    compute-sanitizer --tool memcheck  --error-exitcode 9 python tests/qsun_kernels/cuda/sanitizer_suite.py
-    compute-sanitizer --tool racecheck --error-exitcode 9 python tests/qsun_kernels/cuda/sanitizer_suite.py
+    SUITE=tests/qsun_kernels/cuda/sanitizer_suite.py
+    compute-sanitizer --tool memcheck  --error-exitcode 9 python $SUITE
+    compute-sanitizer --tool racecheck --error-exitcode 9 python $SUITE
+    compute-sanitizer --tool synccheck --error-exitcode 9 python $SUITE
+    compute-sanitizer --tool initcheck --error-exitcode 9 python $SUITE attention coded_attention
+
+Behind the path come the families to run; without one all run. initcheck sees reads of memory that nobody
+wrote; it is for the attention, whose kernels leave parts of results for each other.
 
 Inputs are made and results judged on the CPU, so that the tool has our kernels to watch and few others.
 Without torch's caching of memory every tensor is an allocation of its own, and an access past its end is
@@ -14,19 +20,20 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # read when torch is imported
 
 import torch
 
-from qsun_kernels.backends import cuda, reference
+from qsun_kernels.backends import cuda
 from qsun_kernels.quant import QuantSpec
 from qsun_kernels.testing import inputs
 from qsun_kernels.testing import judge as judges
 from qsun_kernels.testing.coded_cache import code_cache
 from qsun_kernels.testing.kv_codes import KV_KINDS
+from qsun_kernels.testing.kv_writes import KvWrite, Written, judge_kv_write, kv_write
 from qsun_kernels.testing.tolerances import Comparison, compare_bits
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -61,6 +68,21 @@ def linear() -> Iterator[tuple[str, Comparison]]:
                 )
                 dense = cuda.IMPLEMENTATIONS["dequantize"].run(packed.to(DEVICE), dtype).cpu()
                 yield f"dequantize {spec} {dtype}", judges.judge_dequantize(dense, packed, dtype)
+
+
+def block_ends() -> Iterator[tuple[str, Comparison]]:
+    """The norm in the launch that adds parts, by a cluster of blocks a row and by one block."""
+    for dtype in (torch.float16, torch.bfloat16):
+        for M in (16, 70, 140):
+            source = inputs.generator(M)
+            packed = inputs.packed_weight(source, 1024, 2048, QuantSpec(4, 128, True), scale_dtype=dtype)
+            weight = cuda.IMPLEMENTATIONS["wna16_linear"].prepare(packed.to(DEVICE), dtype)
+            x, residual = (inputs.normal(source, (M, width), dtype) for width in (2048, 1024))
+            norm_weight = inputs.normal(source, (1024,), dtype)
+            got, _ = run("wna16_linear_rms_norm", x, weight, residual, norm_weight, 1e-5, None, False)
+            stream = run("wna16_linear", x, weight, None, residual, None)
+            want = run("rms_norm", stream, norm_weight, 1e-5, None)
+            yield f"wna16_linear_rms_norm {dtype} M={M}", compare_bits("norm", got, want)
 
 
 def attention() -> Iterator[tuple[str, Comparison]]:
@@ -141,26 +163,28 @@ def cache() -> Iterator[tuple[str, Comparison]]:
             )
 
 
-def codes() -> Iterator[tuple[str, Comparison]]:
-    """Keys and values as codes: aligned vectors and single elements, heads of many lanes and few."""
-    write = reference.IMPLEMENTATIONS["write_kv_cache"].run
-    kinds = ((torch.float8_e4m3fn, 1), (torch.float8_e4m3fn, 3), (torch.int8, 3), (torch.uint8, 3))
+def fused_write() -> Iterator[tuple[str, Comparison]]:
+    """Steps before the write, into values and codes: vectors and single elements, heads of many lanes."""
     for dtype in DTYPES:
-        for head_dim in (12, 80, 256):
-            for kv_dtype, dimensions in kinds:
+        for head_dim, steps in ((12, ("norm", "rope")), (80, ("rope",)), (256, ("norm", "rope", "rotate"))):
+            for kv in (dtype, *KV_KINDS):
                 source = inputs.generator(head_dim)
-                q, k, v = inputs.qkv_views(source, 7, 5, 3, head_dim, dtype)
-                shape = (4, 3, 8, head_dim // 2 if kv_dtype == torch.uint8 else head_dim)
-                caches = [torch.zeros(shape, dtype=torch.uint8).view(kv_dtype) for _ in range(2)]
-                caches += [torch.full(shape[:3] if dimensions == 3 else (1,), 0.01) for _ in range(2)]
-                slots = inputs.slot_mapping(source, 7, 32, skip=0.3)
-                norms = [torch.ones(head_dim, dtype=dtype) for _ in range(2)]
-                steps = (q, torch.arange(7), torch.rand(7, head_dim), *norms, 1e-6, head_dim == 256)
-                on_device = [c.to(DEVICE) for c in caches]
-                run("write_kv_cache", k, v, *on_device[:2], slots, *steps, *on_device[2:])
-                write(k, v, *caches[:2], slots, *steps, *caches[2:])
-                got, want = (c.cpu().view(torch.uint8) for c in (on_device[1], caches[1]))
-                yield f"write_kv_cache {dtype} D={head_dim} {kv_dtype}", compare_bits("v", got, want)
+                call = kv_write(source, 7, dtype=dtype, kv=kv, heads=(5, 3), head_dim=head_dim, steps=steps)
+                got = written(call)
+                yield (
+                    f"write_kv_cache {dtype} D={head_dim} {'+'.join(steps)} {kv}",
+                    judge_kv_write(got, call),
+                )
+
+
+def written(call: KvWrite) -> Written:
+    """The call on copies of its tensors on the GPU; what it left, on the CPU."""
+    before = call.before
+    caches = [None if t is None else t.to(DEVICE) for t in (before.k_cache, before.v_cache)]
+    scales = [None if t is None else t.to(DEVICE) for t in (before.k_scale, before.v_scale)]
+    steps = (call.positions, call.cos_sin, call.q_norm, call.k_norm, call.eps, call.rotate)
+    q = run("write_kv_cache", call.k, call.v, *caches, call.slot_mapping, call.q, *steps, *scales)
+    return Written(q, *(None if t is None else t.cpu() for t in (*caches, *scales)))
 
 
 def fused() -> Iterator[tuple[str, Comparison]]:
@@ -178,10 +202,6 @@ def fused() -> Iterator[tuple[str, Comparison]]:
             )  # fmt: skip
             pair = inputs.normal(source, (3, 2 * width), dtype)
             yield f"silu_and_mul {dtype} {width}", judges.judge_silu_and_mul(run("silu_and_mul", pair), pair)
-        for vocabulary in (33, 9001):
-            arguments = inputs.sampling_inputs(inputs.generator(vocabulary), 16, vocabulary, dtype)
-            got = run("sample_tokens", *arguments)
-            yield f"sample_tokens {dtype} {vocabulary}", judges.judge_sample_tokens(got, *arguments)
         for head_dim in (6, 64):
             q, k, _ = inputs.qkv_views(inputs.generator(1), 5, 3, 1, head_dim, dtype)
             positions, cos_sin = torch.tensor([9, 0, 3, 3, 1]), torch.rand(10, head_dim)
@@ -189,15 +209,32 @@ def fused() -> Iterator[tuple[str, Comparison]]:
             yield f"apply_rope {dtype} D={head_dim}", judges.judge_apply_rope(got, q, k, positions, cos_sin)
 
 
-def main() -> int:
-    """Run all; print what is wrong and a count."""
+def sampling() -> Iterator[tuple[str, Comparison]]:
+    """Every dtype; rows that one block reads at once and rows that it reads in turns."""
+    for dtype in DTYPES:
+        for vocabulary in (33, 9001):
+            arguments = inputs.sampling_inputs(inputs.generator(vocabulary), 16, vocabulary, dtype)
+            got = run("sample_tokens", *arguments)
+            yield f"sample_tokens {dtype} {vocabulary}", judges.judge_sample_tokens(got, *arguments)
+
+
+FAMILIES = (linear, block_ends, attention, coded_attention, cache, fused_write, fused, sampling)
+
+
+def main(names: Sequence[str]) -> int:
+    """Run all families, or those named; print what is wrong and a count."""
+    known = {family.__name__: family for family in FAMILIES}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        print(f"got {', '.join(unknown)}, expected some of {', '.join(known)}", file=sys.stderr)
+        return 2
     reason = cuda.unavailable()
     if reason is not None:
         print(f"cannot run: {reason}", file=sys.stderr)
         return 2
     torch.set_num_threads(4)
     start, count, wrong = time.perf_counter(), 0, 0
-    for family in (linear, attention, coded_attention, cache, codes, fused):
+    for family in FAMILIES if not names else [known[name] for name in names]:
         for name, comparison in family():
             count += 1
             if not comparison.ok:
@@ -209,4 +246,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

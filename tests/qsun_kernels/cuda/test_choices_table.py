@@ -72,12 +72,13 @@ def test_choices_on_an_h100(extension, table) -> None:
     def chosen(M: int, N: int, K: int) -> str:
         return extension.describe_wna16_panels(M, N, K, 4, 1, False, False, props)
 
-    gemm, stream = (table.fastest_of(kernel) for kernel in ("gemm_sm90", "stream"))
-    for ((K, N), M), ((tile, groups, split), us) in gemm.items():
+    gemm, stream = (table.chosen(kernel) for kernel in ("gemm_sm90", "stream"))
+    for ((K, N), M), ((tile, groups, split, stages, in_cluster), us) in gemm.items():
         if us < stream.get(((K, N), M), ((), float("inf")))[1]:
-            assert re.match(
-                rf"gemm_sm90 token_tile={tile} warp_groups={groups} split_k={split} ", chosen(M, N, K)
-            ), chosen(M, N, K)
+            assert chosen(M, N, K) == (
+                f"gemm_sm90 token_tile={tile} warp_groups={groups} split_k={split} stages={stages} "
+                f"adds_in_cluster={'yes' if in_cluster else 'no'}"
+            )
     streamed = 0
     for ((K, N), M), ((token_tiles, row_tiles, warps, stages, engine, _), us) in stream.items():
         # The kernel for many tokens was measured from 16 on.
@@ -111,4 +112,24 @@ def test_scratch_is_asked_for_where_columns_are_split(extension) -> None:
             split = int(re.search(r"split_k=(\d+)", text)[1]) if "split_k" in text else 1
             rows = -(-N // 64) * 64
             needed = extension.wna16_panels_scratch_bytes(M, N, K, 4, 1, False, False, props)
-            assert needed == (split * M * rows * 4 if split > 1 else 0)
+            leaves_sums = split > 1 and "adds_in_cluster=no" in text
+            assert needed == (split * M * rows * 4 if leaves_sums else 0)
+
+
+def test_stages_of_other_formats_leave_the_room_that_the_measured_ones_did(extension, table) -> None:
+    if "90a" not in extension.build_info()["archs"]:
+        pytest.skip("built without sm_90a")
+    props = extension.DeviceProps(**H100)
+    for (K, N), M in table.chosen("gemm_sm90"):
+        measured = extension.choose_wna16_gemm(M, N, K, 4, 1, False, props)
+        for bits, groups, zeros in ((2, 1, False), (3, 4, True), (4, 4, True), (8, 1, False), (8, 4, True)):
+            config = extension.choose_wna16_gemm(M, N, K, bits, groups, zeros, props)
+            same = ("token_tile", "warp_groups", "split_k", "adds_in_cluster")
+            assert all(getattr(config, name) == getattr(measured, name) for name in same)
+            assert 2 <= config.stages <= 8 or config.split_k >= -(-K // 128)
+            size = extension.wna16_panels_shared_bytes(M, N, K, bits, groups, zeros, config)
+            own = extension.wna16_panels_shared_bytes(M, N, K, 4, 1, False, measured)
+            room, tile = H100["shared_memory_per_block"] + 1024, config.token_tile
+            of_registers = 1 if tile > 96 or config.warp_groups > 2 else 2 if tile > 32 else 3
+            assert room // (size + 1024) >= min(room // (own + 1024), of_registers)
+            assert bits > 2 or config.stages <= measured.stages

@@ -18,6 +18,7 @@ from qsun_kernels.backends.problems import (
     SampleTokensProblem,
     SiluAndMulProblem,
     Wna16GateUpSiluProblem,
+    Wna16LinearRmsNormProblem,
     Wna16Problem,
     WriteKvCacheProblem,
 )
@@ -124,6 +125,8 @@ def test_unavailable_for_another_architecture(monkeypatch) -> None:
 
 
 SUPPORTED = [
+    Wna16LinearRmsNormProblem(17, 33, 3, "channel", False, True, HALF, GPU),
+    Wna16LinearRmsNormProblem(17, 33, 4, 32, True, False, torch.float32, GPU),
     Wna16GateUpSiluProblem(34, 33, 4, 64, False, True, HALF, GPU),
     Wna16Problem(17, 33, 3, "channel", False, True, HALF, GPU),
     DequantizeProblem(17, 33, 2, 32, True, False, torch.float32, GPU),
@@ -208,6 +211,10 @@ def test_supported_problems(monkeypatch, problem) -> None:
             "kv_dtype is torch.bfloat16, expected that of q (torch.float16)",
         ),
         (Wna16Problem(8, 8, 4, 32, True, False, torch.int8, GPU), "dtype is torch.int8, expected one of"),
+        (
+            Wna16LinearRmsNormProblem(8, 8, 4, 32, True, False, torch.float64, GPU),
+            "dtype is torch.float64, expected one of",
+        ),
         (
             Wna16GateUpSiluProblem(8, 8, 4, 32, True, False, torch.float32, GPU),
             "dtype is torch.float32, expected one of torch.float16, torch.bfloat16",

@@ -226,6 +226,85 @@ def test_a_configuration_that_is_not_compiled_is_refused(kernels) -> None:
             stream(kernels, x, weight, **wrong)
 
 
+# Splits of the columns, stages, and whether the splits add as a cluster.
+SPLITS = ((1, 2, False), (2, 2, False), (3, 2, False), (2, 2, True), (3, 2, True))
+
+
+def gemm(x: Tensor, weight: PreparedWeight, bias=None, residual=None, **config: Any) -> Tensor:
+    """wna16_linear by the kernel for many tokens, with this configuration."""
+    with inputs.poisoned_outputs():
+        out = torch.empty((x.shape[0], weight.N), dtype=x.dtype, device=x.device)
+    linear.launch_panels(x, weight, bias, residual, out, False, library.binding.GemmConfig(**config))
+    return out
+
+
+@pytest.mark.gpu
+@pytest.mark.sm90
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", BITS)
+def test_every_tile_of_the_kernel_for_many_tokens(device, bits, dtype) -> None:
+    """Every tile, whole and with its columns split, however what is split is added: exact and repeatable.
+
+    Rows of the weight end in the middle of a block of every number of warp groups, columns in that of a block
+    of the weight.
+    """
+    prepare = cuda.IMPLEMENTATIONS["wna16_linear"].prepare
+    for token_tile, warp_groups in library.binding.wna16_gemm_tiles():
+        # An eye has a row for each column of the weight.
+        for N, K, M, group_size in ((77, 304, 304, 128), (64 * warp_groups + 8, 712, token_tile + 3, 32)):
+            source = inputs.generator(bits)
+            spec = QuantSpec(bits, group_size, group_size == 128)
+            packed = inputs.packed_weight(source, N, K, spec, scale_dtype=dtype, device=device)
+            weight = prepare(packed, dtype)
+            x = inputs.normal(source, (M, K), dtype, device)
+            bias = inputs.normal(source, (N,), dtype, device)
+            residual = inputs.normal(source, (M, N), dtype, device)
+            for split_k, stages, in_cluster in SPLITS:
+                if in_cluster and token_tile < 64:
+                    continue
+                config = {
+                    "token_tile": token_tile,
+                    "warp_groups": warp_groups,
+                    "split_k": split_k,
+                    "stages": stages,
+                    "adds_in_cluster": in_cluster,
+                }
+                got = gemm(x, weight, bias, residual, **config)
+                judge_wna16_linear(got, x, packed, bias=bias, residual=residual).require()
+                assert torch.equal(gemm(x, weight, bias, residual, **config), got)
+                if M == K:
+                    eye = torch.eye(K, dtype=dtype, device=device)
+                    dense = cuda.IMPLEMENTATIONS["dequantize"].run(packed, dtype)
+                    assert torch.equal(gemm(eye, weight, **config), dense.T)
+
+
+@pytest.mark.gpu
+@pytest.mark.sm90
+def test_a_tile_configuration_that_cannot_run_is_refused(device) -> None:
+    from qsun_kernels.errors import KernelLaunchError
+
+    packed = inputs.packed_weight(
+        inputs.generator(0), 64, 256, QuantSpec(4, 128, True), scale_dtype=torch.float16, device=device
+    )
+    weight = cuda.IMPLEMENTATIONS["wna16_linear"].prepare(packed, torch.float16)
+    right = {"token_tile": 64, "warp_groups": 2, "split_k": 1, "stages": 2, "adds_in_cluster": False}
+    for wrong, message in (
+        ({"token_tile": 72}, r"\(token_tile, warp_groups\) is 72, 2"),
+        ({"split_k": 3}, "split_k is 3; expected at most 2"),
+        ({"split_k": 0}, "split_k is 0"),
+        ({"stages": 9}, "stages is 9"),
+        ({"stages": 1}, "stages is 1; expected at least 2"),
+        ({"adds_in_cluster": True}, "split_k is 1; expected at least 2"),
+        ({"adds_in_cluster": True, "split_k": 2, "token_tile": 32}, "token_tile is 32; expected at least 64"),
+        ({"token_tile": 256, "stages": 4}, "shared memory is"),
+    ):
+        x = torch.ones(64, 256, dtype=torch.float16, device=device)
+        with pytest.raises(KernelLaunchError, match=message):
+            gemm(x, weight, **{**right, **wrong})
+    with pytest.raises(KernelLaunchError, match="x is misaligned"):
+        gemm(torch.ones(64, 260, dtype=torch.float16, device=device)[:, 1:257], weight, **right)
+
+
 def test_prefetching_is_passed_on(kernels, monkeypatch) -> None:
     packed = inputs.packed_weight(
         inputs.generator(0),

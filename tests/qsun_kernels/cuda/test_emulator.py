@@ -530,6 +530,25 @@ def test_a_missing_cluster_barrier_shows(call, monkeypatch, order) -> None:
     assert error == "" and out.isnan().any()
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    ("misuse", "message"),
+    [
+        ("none", ""),
+        ("no first barrier", "no cluster barrier before"),
+        ("no last barrier", "no cluster barrier follows"),
+    ],
+)
+def test_blocks_of_a_cluster_send_to_one_another(call, monkeypatch, misuse, message, order) -> None:
+    monkeypatch.setenv("QSUN_EMULATOR_ORDER", order)
+    out = torch.zeros(4, 64)
+    error = call("sending", out, 4, 64, MISUSES.index(misuse))
+    if message:
+        assert message in error
+    else:
+        assert error == "" and (out == 1 + 2 + 3 + 4).all()
+
+
 def test_refused_clusters(call) -> None:
     assert "a cluster of 9 blocks" in in_clusters(call, ranks=9)[0]
     assert "whole number of clusters" in in_clusters(call, ranks=4, grid_y=6)[0]

@@ -30,6 +30,7 @@ from qsun_kernels import (
     use_backend,
     wna16_gate_up_silu,
     wna16_linear,
+    wna16_linear_rms_norm,
     write_kv_cache,
 )
 from qsun_kernels.ops.library import LIBRARY, is_traced
@@ -100,6 +101,10 @@ def operator_arguments(name: str, dtype: torch.dtype, device: torch.device) -> t
             None,
             True,
         ),
+        "wna16_linear_rms_norm": (
+            *(x, list(prepared.tensors), prepared.layout, 3, -1, False, 16, 64),
+            *(x[:, :16], weight[:16], 1e-5, weight[16:32], True),
+        ),
         "wna16_gate_up_silu": (x, list(gate_up.tensors), gate_up.layout, 3, -1, False, 16, 64),
         "sample_tokens": (x, *sampling_arguments(device)),
     }
@@ -116,6 +121,7 @@ NAMES = (
     "paged_attention_decode",
     "dequantize",
     "wna16_linear",
+    "wna16_linear_rms_norm",
     "wna16_gate_up_silu",
     "sample_tokens",
 )
@@ -217,7 +223,10 @@ def decode_layer(x: Tensor, residual: Tensor, cache: tuple[Tensor, Tensor], laye
         q, *cache, layer["block_table"], layer["seq_lens"], softmax_scale=0.3, lse=True
     )
     hidden = wna16_linear(attended.view(3, 64), layer["prepared"], layer["bias"], residual[:, :16])
-    gated = silu_and_mul(rms_norm(hidden, layer["norm"][:16], eps=1e-6, backend="torch"))
+    normed, hidden = wna16_linear_rms_norm(
+        attended.view(3, 64), layer["prepared"], hidden, layer["norm"][:16], eps=1e-6, bias=layer["bias"]
+    )
+    gated = silu_and_mul(normed + rms_norm(hidden, layer["norm"][:16], eps=1e-6, backend="torch"))
     gated = gated + wna16_gate_up_silu(attended.view(3, 64), layer["gate_up"])
     tokens, valid = sample_tokens(gated, *layer["sampling"])
     gated = gated + (tokens * valid)[:, None]
@@ -375,6 +384,13 @@ GRADIENT_CASES: dict[str, Callable[[Tensor], Any]] = {
         t.repeat(1, 8),
         prepare_gate_up(weights(torch.float32, torch.device("cpu"))[0], dtype=torch.float32),
     ),
+    "wna16_linear_rms_norm norm_weight": lambda t: wna16_linear_rms_norm(
+        torch.ones(1, 64),
+        weights(torch.float32, torch.device("cpu"))[1],
+        torch.ones(1, 16),
+        torch.cat((t[0], t[0])),
+        eps=1e-6,
+    ),
     "wna16_linear residual": lambda t: wna16_linear(
         torch.ones(1, 64), weights(torch.float32, torch.device("cpu"))[1], None, torch.cat((t, t), dim=-1)
     ),
@@ -407,7 +423,7 @@ def test_direct_calls_of_the_operators_refuse_gradients(name: str) -> None:
 
 
 @pytest.mark.damaged
-@pytest.mark.parametrize("name", ["wna16_linear", "wna16_gate_up_silu"])
+@pytest.mark.parametrize("name", ["wna16_linear", "wna16_linear_rms_norm", "wna16_gate_up_silu"])
 def test_a_layout_of_no_backend_is_named(name: str) -> None:
     arguments = list(operator_arguments(name, torch.float32, torch.device("cpu")))
     arguments[2] = "rocm.rows"

@@ -22,6 +22,7 @@ from qsun_kernels.backends.problems import (
     SampleTokensProblem,
     SiluAndMulProblem,
     Wna16GateUpSiluProblem,
+    Wna16LinearRmsNormProblem,
     Wna16Problem,
     WriteKvCacheProblem,
 )
@@ -38,6 +39,7 @@ def problems(device: torch.device, dtype: torch.dtype = BF16) -> list[Problem]:
     return [
         Wna16Problem(*weight),
         Wna16GateUpSiluProblem(*weight),
+        Wna16LinearRmsNormProblem(*weight),
         DequantizeProblem(*weight),
         PagedAttentionDecodeProblem(32, 8, 128, 16, None, dtype, dtype, device),
         WriteKvCacheProblem(8, 128, 16, dtype, dtype, device),

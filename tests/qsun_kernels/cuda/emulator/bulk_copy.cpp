@@ -190,6 +190,7 @@ void copy_bulk(uint32_t shared, const void* global, int bytes, uint32_t address)
   if (!barrier.published) fail_at(address, "takes a bulk copy without publish_barriers()");
   if (bytes <= 0 || bytes % 16 != 0) fail("a bulk copy of a size that is no positive multiple of 16");
   if (reinterpret_cast<uintptr_t>(global) % 16 != 0) fail("a bulk copy from a misaligned address");
+  check_copy_source(global, bytes);
   unsigned char* target = at_address(shared, bytes, 16);
   barrier.copies.push_back({target, static_cast<const unsigned char*>(global), bytes});
   if (!copies_are_early()) return;

@@ -62,6 +62,7 @@ uint32_t shared_address(const void* shared);
 unsigned char* at_address(uint32_t address, int bytes);
 // The same place in block `rank` of the cluster.
 const unsigned char* in_block(uint32_t address, int bytes, int rank);
+unsigned char* in_block_to_write(uint32_t address, int bytes, int rank);
 
 // Asynchronous copies of the thread: 16 bytes, of which the last 16 - bytes become zero.
 void copy_async(uint32_t shared, const void* global, int bytes);
@@ -80,6 +81,7 @@ void load_matrices(uint32_t (&r)[4], uint32_t row_address);
 void load_matrices_transposed(uint32_t (&r)[4], uint32_t row_address);
 void multiply(Format format, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
+void launch_dependents();
 void wait_for_producers();
 
 }  // namespace emulator

@@ -268,6 +268,21 @@ __global__ void cluster_kernel(float* out, int misuse) {
   if (misuse != kNoLastBarrier) cluster_barrier();
 }
 
+// The same by sending: every block leaves its rank with all of them.
+__global__ void sending_kernel(float* out, int misuse) {
+  const int rank = static_cast<int>(blockIdx.x), ranks = static_cast<int>(gridDim.x);
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const auto* values = reinterpret_cast<const float*>(dynamic_shared());
+  if (misuse != kNoFirstBarrier) cluster_barrier();
+  for (int i = 0; i < ranks; ++i) {
+    store_to_block(shared_address(values + rank * threads + thread), i, __float_as_uint(rank + 1.0f));
+  }
+  if (misuse != kNoLastBarrier) cluster_barrier();
+  float sum = 0.0f;
+  for (int i = 0; i < ranks; ++i) sum += values[i * threads + thread];
+  out[rank * threads + thread] = sum;
+}
+
 __global__ void dependent_kernel(int forgetful) {
   launch_dependents();
   if (static_cast<int>(threadIdx.x) != forgetful) wait_for_producers();
@@ -379,6 +394,13 @@ ENTRY cluster(float* out, int device, int clusters, int ranks, int grid_y, int t
   const DeviceGuard guard(device);
   return text(launch_with(options, cluster_kernel, dim3(clusters, grid_y), dim3(threads), device, nullptr,
                           out, misuse));
+}
+
+ENTRY sending(float* out, int ranks, int threads, int misuse) {
+  LaunchOptions options;
+  options.shared_bytes = ranks * threads * 4;
+  options.cluster = dim3(ranks, 1, 1);
+  return run(options, sending_kernel, dim3(ranks), threads, out, misuse);
 }
 
 ENTRY dependent(int overlaps, int forgetful) {

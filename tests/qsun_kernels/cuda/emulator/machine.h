@@ -33,7 +33,7 @@ cudaError_t refused(cudaError_t error, const std::string& why);
 
 // ---- fibers (scheduler.cpp)
 
-enum class State : uint8_t { kReady, kAtBarrier, kAtClusterBarrier, kAtWarp, kAtPhase, kDone };
+enum class State : uint8_t { kReady, kAtBarrier, kAtClusterBarrier, kAtWarp, kAtPhase, kAtProducers, kDone };
 
 struct Copy {
   unsigned char* target;
@@ -58,6 +58,14 @@ void wait(State state);                          // suspends the running thread
 void wake_warp();                                // lets the other lanes of its warp go on
 void wake_waiters(int block, uint32_t barrier);  // lets threads that are kAtPhase there go on
 void fail_launch(const char* message);           // as fail(), for code that must not be left
+
+// ---- what the kernel in front writes (producers.cpp)
+
+void hide_produced(const Launch& launch);  // of a cluster that is about to start
+void show_produced();                      // from where the kernel in front has ended
+bool hides_produced();
+void check_copy_source(const void* source, int bytes);  // an error where it is hidden
+void begin_triggers();                                  // of a launch
 
 // ---- warps (warp.cpp)
 

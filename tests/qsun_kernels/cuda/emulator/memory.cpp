@@ -38,8 +38,9 @@ __attribute__((used)) __shared__ char at_least_one_variable[1];  // else the sec
 
 std::unique_ptr<Memory[]> memories;  // of the blocks of a cluster
 int num_blocks, num_bytes;
-bool clean = false;                         // the static variables are filled with kFill
-int last_read_of[kMaxClusterBlocks];        // cluster barriers that its last reader had passed; -1: none
+bool clean = false;                  // the static variables are filled with kFill
+int last_use_of[kMaxClusterBlocks];  // cluster barriers that the last one to use it from another block had
+                                     // passed; -1: none
 int barriers_passed_by[kMaxClusterBlocks];  // at most, by threads that have ended
 bool copies_early;
 
@@ -67,7 +68,7 @@ void prepare_memory(int blocks, int bytes) {
     std::memset(memory.before, kGuard, kGuardBytes);
     std::memset(memory.bytes, kFill, bytes);
     std::memset(memory.bytes + bytes, kGuard, kGuardBytes);
-    last_read_of[i] = -1, barriers_passed_by[i] = 0;
+    last_use_of[i] = -1, barriers_passed_by[i] = 0;
   }
   if (!clean) std::fill(__start_qsun_shared, __stop_qsun_shared, kFill);
   clean = false;
@@ -88,9 +89,9 @@ void end_block(int block) {
 void end_cluster() {
   if (num_blocks == 1) return;
   for (int i = 0; i < num_blocks; ++i) {
-    if (last_read_of[i] >= barriers_passed_by[i]) {
+    if (last_use_of[i] >= barriers_passed_by[i]) {
       fail_launch(
-          "a block read the shared memory of another that could have ended: no cluster barrier follows");
+          "a block used the shared memory of another that could have ended: no cluster barrier follows");
     }
   }
   clean = std::all_of(__start_qsun_shared, __stop_qsun_shared, [](char byte) { return byte == kFill; });
@@ -133,19 +134,37 @@ std::string place_name(uint32_t address) {
          (is_static ? "static" : "dynamic") + " shared memory";
 }
 
-const unsigned char* in_block(uint32_t address, int bytes, int rank) {
+namespace {
+
+// Where block `rank` has what lies at this address; from here on it must not end before a cluster barrier.
+unsigned char* place_in_block(uint32_t address, int bytes, int rank) {
   if (rank < 0 || rank >= num_blocks) fail("a block of that rank is not in the cluster");
-  const unsigned char* mine = at_address(address, bytes);
+  unsigned char* mine = at_address(address, bytes);
   const Thread& thread = this_thread();
   if (rank == thread.block) return mine;
   if (address >= kStaticAddress) fail("static shared memory of another block is not emulated");
-  last_read_of[rank] = std::max(last_read_of[rank], thread.cluster_barriers);
+  last_use_of[rank] = std::max(last_use_of[rank], thread.cluster_barriers);
   return memories[rank].bytes + (mine - dynamic_shared());
+}
+
+}  // namespace
+
+const unsigned char* in_block(uint32_t address, int bytes, int rank) {
+  return place_in_block(address, bytes, rank);
+}
+
+unsigned char* in_block_to_write(uint32_t address, int bytes, int rank) {
+  const Thread& thread = this_thread();
+  if (rank != thread.block && thread.cluster_barriers == 0) {
+    fail("a block wrote to another that may not have started: no cluster barrier before");
+  }
+  return place_in_block(address, bytes, rank);
 }
 
 void copy_async(uint32_t shared, const void* global, int bytes) {
   if (bytes < 0 || bytes > 16) fail("an asynchronous copy of less than 0 or more than 16 bytes");
   if (reinterpret_cast<uintptr_t>(global) % 16 != 0) fail("an asynchronous copy from a misaligned address");
+  check_copy_source(global, bytes);
   Copy copy{at_address(shared, 16), static_cast<const unsigned char*>(global), bytes};
   if (copies_early) perform(copy);
   this_thread().copies.push_back(copy);

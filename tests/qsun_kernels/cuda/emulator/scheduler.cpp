@@ -150,6 +150,7 @@ std::vector<int> visiting_order(int count) {
 
 void start_cluster(const Launch& launch, dim3 first) {
   const dim3 block = launch.block, cluster = launch.cluster;
+  hide_produced(launch);
   prepare_memory(static_cast<int>(blocks.size()), launch.shared_bytes);
   prepare_barriers(launch);
   at_cluster_barrier = ended = 0;
@@ -198,6 +199,14 @@ bool bring_awaited_copies(const std::vector<int>& order) {
   });
 }
 
+// Once no thread can go on: lets the kernel in front end. False: none waits for that.
+bool end_producers() {
+  if (std::count(states.begin(), states.end(), State::kAtProducers) == 0) return false;
+  show_produced();
+  release(0, threads, State::kAtProducers);
+  return true;
+}
+
 void run_cluster(const std::vector<int>& order) {
   while (ended < threads) {
     bool ran = false;
@@ -210,7 +219,7 @@ void run_cluster(const std::vector<int>& order) {
       resume();
       if (!failure.empty()) return;
     }
-    if (!ran && !bring_awaited_copies(order)) {
+    if (!ran && !bring_awaited_copies(order) && !end_producers()) {
       failure = who_waits();
       return;
     }
@@ -262,7 +271,10 @@ void cluster_barrier() {
   ++fibers[current].thread.cluster_barriers;
 }
 
-void wait_for_producers() { fibers[current].thread.waited_for_producers = true; }
+void wait_for_producers() {
+  if (hides_produced()) wait(State::kAtProducers);
+  fibers[current].thread.waited_for_producers = true;
+}
 
 std::string run(const Launch& launch) {
   const dim3 block = launch.block, cluster = launch.cluster, grid = launch.grid;
@@ -275,6 +287,7 @@ std::string run(const Launch& launch) {
   blockDim = block;
   running = &launch;
   failure.clear();
+  begin_triggers();
   const std::vector<int> order = visiting_order(threads);
   const unsigned x_clusters = grid.x / cluster.x, y_clusters = grid.y / cluster.y;
   for (const int index : visiting_order(static_cast<int>(x_clusters * y_clusters * (grid.z / cluster.z)))) {
@@ -282,6 +295,7 @@ std::string run(const Launch& launch) {
     start_cluster(launch, dim3(i % x_clusters * cluster.x, i / x_clusters % y_clusters * cluster.y,
                                i / x_clusters / y_clusters * cluster.z));
     run_cluster(order);
+    show_produced();
     if (!failure.empty()) break;
   }
   // Threads that did not reach their end would go on in the middle of this kernel.

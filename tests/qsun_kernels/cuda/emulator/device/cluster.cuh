@@ -13,4 +13,8 @@ inline uint32_t load_from_block(uint32_t shared, int rank) {
   return word;
 }
 
+inline void store_to_block(uint32_t shared, int rank, uint32_t value) {
+  std::memcpy(emulator::in_block_to_write(shared, sizeof(value), rank), &value, sizeof(value));
+}
+
 }  // namespace qsun

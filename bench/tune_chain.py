@@ -1,0 +1,198 @@
+"""`qsun-bench tune wna16 --backend cuda --chain`: the best ways of a layer's products one after another.
+
+What runs before a launch decides how much of its weight can be read early: a ring of stages in shared memory
+fits beside the running kernel only where that one leaves room. So the products of a decoder layer are timed
+in their order. One product at a time takes each of its candidates while the others stay; the fastest stays,
+until a round changes nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from qsun_bench import panel_ways, tables
+from qsun_bench.panel_ways import KERNELS, Cell, Kernel, Way
+from qsun_bench.shapes import SHAPES
+
+MODEL = "llama-3.1-8b"
+PRODUCTS = ("qkv", "o", "gate_up", "down")
+"""Of a layer, in the order in which they run."""
+
+TOKENS = (1, 2, 4, 8, 16)
+
+_ROUNDS = 3
+_GAIN = 0.003
+"""Of the chain's time that a change must bring: less is within the noise of a timing."""
+
+_LEAST_US = 0.01
+"""What a time is rounded to in the table of choices."""
+
+Launch = tuple[Kernel, Way]
+Chain = Mapping[str, Launch]
+"""Of each product: by which kernel, and how. A product that is absent is left out of the chain."""
+
+
+class ChainTrials(Protocol):
+    """The products of several layers, whose weights overflow the cache, on a device."""
+
+    def time(self, M: int, chain: Chain) -> float:
+        """Microseconds a layer, of the products in `chain`, in their order."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChainFound:
+    """What was found for a number of tokens.
+
+    before, after: microseconds of a layer with the launches of the table and with the best ones found.
+    best: of each product and kernel the best way, and what the product adds to the chain with it, us.
+    refusals: what could not be launched, in words.
+    """
+
+    M: int
+    before: float
+    after: float
+    chain: Chain
+    best: Mapping[tuple[str, Kernel], tuple[Way, float]]
+    refusals: Sequence[str]
+
+
+def cell(product: str, M: int) -> Cell:
+    """The weight of a product of the layer."""
+    N, K = SHAPES[MODEL].linears[product]
+    return Cell(K, N, M)
+
+
+def candidates(M: int, lines: Mapping[tuple[Kernel, Cell], Sequence[Way]]) -> Mapping[str, Sequence[Launch]]:
+    """Of each product the launches worth trying: those that its kernels' sweeps kept."""
+    return {
+        product: [(kernel, way) for kernel in KERNELS for way in lines.get((kernel, cell(product, M)), ())]
+        for product in PRODUCTS
+    }
+
+
+def start(M: int, folder: Path) -> Chain:
+    """What the library launches by the table made from `folder`."""
+    return {product: _faster(cell(product, M), folder) for product in PRODUCTS}
+
+
+def _faster(place: Cell, folder: Path) -> Launch:
+    found: list[tuple[float, Launch]] = []
+    for kernel in KERNELS:
+        entries: Mapping[tuple[tuple[int, int], int], tuple[Way, float]]
+        entries = panel_ways.table().chosen(kernel, folder)
+        # The entry of the next number of tokens.
+        least = min((M for matrix, M in entries if matrix == place.matrix and M >= place.M), default=None)
+        if least is not None:
+            way, us = entries[place.matrix, least]
+            found.append((us, (kernel, way)))
+    return min(found, key=lambda one: one[0])[1]
+
+
+def sweep_lines(texts: Mapping[Kernel, str]) -> Mapping[tuple[Kernel, Cell], Sequence[Way]]:
+    """The ways that sweeps hold, by kernel and cell, in their order."""
+    found: dict[tuple[Kernel, Cell], list[Way]] = {}
+    for kernel, text in texts.items():
+        for line in text.splitlines():
+            if not line.startswith("#"):
+                *sizes, _ = line.split()
+                K, N, M, *way = map(int, sizes)
+                found.setdefault((kernel, Cell(K, N, M)), []).append(tuple(way))
+    return found
+
+
+def descend(M: int, start: Chain, tried: Mapping[str, Sequence[Launch]], trials: ChainTrials) -> ChainFound:
+    """Coordinate descent from `start` over the candidates of each product."""
+    refusals: dict[str, None] = {}
+
+    def time(chain: Chain, product: str) -> float | None:
+        # What the library refuses comes as any exception; it is said and left out.
+        try:
+            return trials.time(M, chain)
+        except Exception as error:
+            kernel, way = chain[product]
+            said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            refusals[f"refused: {product} M={M} {panel_ways.in_words(kernel, way)}: {said}"] = None
+            return None
+
+    before = trials.time(M, start)
+    chain, now = dict(start), before
+    times: dict[str, dict[Launch, float]] = {}
+    for _ in range(_ROUNDS):
+        changed = False
+        for product in PRODUCTS:
+            found = {chain[product]: trials.time(M, chain)}
+            for launch in tried[product]:
+                if launch not in found:
+                    us = time({**chain, product: launch}, product)
+                    if us is not None:
+                        found[launch] = us
+            times[product] = found
+            best = min(found, key=found.__getitem__)
+            if found[best] < found[chain[product]] * (1 - _GAIN):
+                chain[product], changed = best, True
+            now = found[chain[product]]
+        if not changed:
+            break
+    adds: dict[tuple[str, Kernel], tuple[Way, float]] = {}
+    for product in PRODUCTS:
+        without = trials.time(M, {name: launch for name, launch in chain.items() if name != product})
+        taken, way = chain[product]
+        us = max(_LEAST_US, times[product][chain[product]] - without)
+        adds[product, taken] = way, us
+        for kernel in KERNELS:
+            own = {way: us for (by, way), us in times[product].items() if by == kernel}
+            if own and kernel != taken:
+                # Slower than the chain's own choice, whatever the noise says: the table takes the faster.
+                way = min(own, key=own.__getitem__)
+                adds[product, kernel] = way, max(own[way] - without, us + _LEAST_US)
+    return ChainFound(M, before, now, chain, adds, list(refusals))
+
+
+def text(found: Sequence[ChainFound], where: str, old: str = "") -> str:
+    """The file that the table of choices reads. where: device and date. old: the file before, whose lines of
+    other numbers of tokens stay.
+    """
+    about = (
+        f"The products of a {MODEL} layer ({', '.join(PRODUCTS)}) timed one after another: kernel K N M "
+        "way us. us: what the product adds to the chain. Of each kernel the way that was best while the "
+        "other products had theirs. W4, bfloat16, groups of 128, symmetric; CUDA-graph replays with "
+        "programmatic dependent launch over copies that overflow the L2 three times, random data."
+    )
+    lines = textwrap.wrap(about, 110, initial_indent="# ", subsequent_indent="# ")
+    measured = {one.M for one in found}
+    M = 0
+    for line in old.splitlines():
+        if not line.startswith("#"):
+            M = int(line.split()[3])
+        elif (heading := re.match(r"# M = (\d+):", line)) is not None:
+            M = int(heading[1])
+        else:
+            continue
+        if M not in measured:
+            lines.append(line)
+    for one in found:
+        lines.append(
+            f"# M = {one.M}: {one.before:.2f} us a layer by the table before, {one.after:.2f} now. {where}."
+        )
+        for (product, kernel), (way, us) in one.best.items():
+            place = cell(product, one.M)
+            lines.append(" ".join(map(str, (kernel, place.K, place.N, place.M, *way))) + f" {us:.3f}")
+    return "\n".join([*lines, ""])
+
+
+def show(found: Sequence[ChainFound]) -> None:
+    """Print what a layer costs, and which launches it takes."""
+    rows = []
+    for one in found:
+        for i, product in enumerate(PRODUCTS):
+            kernel, way = one.chain[product]
+            first = (str(one.M), f"{one.before:.2f}", f"{one.after:.2f}") if i == 0 else ("", "", "")
+            adds = one.best[product, kernel][1]
+            rows.append((*first, product, f"{adds:.2f}", panel_ways.in_words(kernel, way)))
+    columns = ("M", "us before", "us now", "product", "adds", "launch")
+    tables.show(f"a {MODEL} layer, products one after another", columns, rows, text_columns=0)

@@ -1,0 +1,216 @@
+"""Attention that begins while the write of the newest tokens still runs: follows_write, and what it rests on.
+
+The emulator hides what the write writes until the kernel waits for it (emulator/producers.cpp).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from qsun_kernels.backends import cuda
+from qsun_kernels.backends.cuda import attention
+from qsun_kernels.backends.problems import PagedAttentionDecodeProblem
+from qsun_kernels.errors import KernelLaunchError
+from qsun_kernels.ops.cache_checks import kind_of
+from qsun_kernels.testing import inputs
+from qsun_kernels.testing.inputs import PagedAttentionInputs
+from qsun_kernels.testing.judge import judge_paged_attention_decode
+
+# Parts that begin and end anywhere, lengths about the edges of quarters, slices and tiles.
+LENGTHS = (700, 3, 0, 129, 64, 65, 17, 192, 1)
+
+
+@pytest.fixture
+def guard(emulated_extension) -> Iterator[Callable[[Tensor], None]]:
+    """Names memory that the launch in front writes."""
+    emulator = ctypes.CDLL(emulated_extension.__file__)
+    guarded = []  # kept until the emulator forgets them
+
+    def one(memory: Tensor) -> None:
+        assert memory.is_contiguous()
+        guarded.append(memory)
+        emulator.guard_produced(ctypes.c_void_p(memory.data_ptr()), ctypes.c_int64(memory.nbytes))
+
+    yield one
+    emulator.forget_produced()
+
+
+def draw(
+    lengths: tuple[int, ...] | list[int],
+    device: torch.device,
+    *,
+    kv: inputs.KvKind | None = None,
+    group: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 64,
+    q_len: int = 1,
+    window: int | None = None,
+) -> PagedAttentionInputs:
+    return inputs.paged_attention_inputs(
+        inputs.generator(group + q_len),
+        lengths,
+        num_q_heads=group * kv_heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        block_size=32,
+        dtype=torch.bfloat16,
+        kv=kv,
+        device=device,
+        q_len=q_len,
+        window=window,
+    )
+
+
+def plan_of(a: PagedAttentionInputs) -> tuple[Tensor, ...]:
+    problem = PagedAttentionDecodeProblem(
+        *(a.q.shape[1], a.k_cache.shape[1], a.q.shape[2], a.k_cache.shape[2], a.window),
+        *(a.q.dtype, a.k_cache.dtype, a.q.device, kind_of(a.k_scale)),
+    )
+    return attention.plan_paged_attention(problem, a.seq_lens, a.q_len, a.window)
+
+
+def attend(
+    a: PagedAttentionInputs, plan: tuple[Tensor, ...] | None, follows: bool, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    with inputs.poisoned_outputs():
+        return attention.paged_attention_decode(
+            *(a.q, a.k_cache, a.v_cache, a.block_table, a.seq_lens, a.softmax_scale, a.window),
+            *(a.softcap, a.sinks, out, plan, a.k_scale, a.v_scale, follows),
+        )
+
+
+def rows_of_position(a: PagedAttentionInputs, request: int, position: int) -> Iterator[Tensor]:
+    """All that the caches hold of one position."""
+    block_size = a.k_cache.shape[2]
+    block = int(a.block_table[request, position // block_size])
+    caches = [a.k_cache, a.v_cache]
+    if a.k_scale is not None and a.v_scale is not None and a.k_scale.dim() > 1:
+        caches += [a.k_scale, a.v_scale]
+    for cache in caches:
+        for head in range(cache.shape[1]):
+            row = cache[block, head, position % block_size]
+            yield row if row.dim() else row[None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("order", "copies"), [("forward", "late"), ("reverse", "early"), ("3", "late")])
+@pytest.mark.parametrize("q_len", [1, 5])
+@pytest.mark.parametrize("group", [4, 12])
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("kv", [None, "int8", "fp8"])
+def test_nothing_new_is_read_too_early(
+    emulated_kernels, guard, monkeypatch, kv, window, group, q_len, order, copies
+) -> None:
+    """Queries, newest positions and outputs are the write's until it has ended, and the bits the same."""
+    monkeypatch.setenv("QSUN_EMULATOR_ORDER", order)
+    monkeypatch.setenv("QSUN_EMULATOR_COPIES", copies)
+    a = draw(LENGTHS, torch.device("cpu"), kv=kv, group=group, q_len=q_len, window=window)
+    plan = plan_of(a)
+    expected = attend(a, plan, False)
+    judge_paged_attention_decode(expected, a).require()
+    out = torch.full_like(expected[0], torch.nan)
+    guard(out)
+    for token in a.q:
+        guard(token)
+    for request, length in enumerate(LENGTHS):
+        for position in range(max(length - q_len, 0), length):
+            for row in rows_of_position(a, request, position):
+                guard(row)
+    got = attend(a, plan, True, out)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv", [None, "int8"])
+@pytest.mark.parametrize("what", ["an older position", "block_table", "plan"])
+def test_what_is_older_is_read_at_once(emulated_kernels, guard, what, kv) -> None:
+    """The early start is there: it finds nothing where the write, despite the promise, is of more."""
+    a = draw((700,), torch.device("cpu"), kv=kv)
+    plan = plan_of(a)
+    hidden = {
+        "an older position": next(rows_of_position(a, 0, 200)),
+        "block_table": a.block_table,
+        "plan": plan[0],
+    }
+    guard(hidden[what])
+    expected = attend(a, plan, False)
+    judge_paged_attention_decode(expected, a).require()
+    if what == "plan":  # bytes of 0xff: no part has work
+        assert attend(a, plan, True)[0].isnan().all()
+    else:
+        message = "the producer writes" if what == "an older position" else "trap"
+        with pytest.raises(KernelLaunchError, match=message):
+            attend(a, plan, True)
+    # The launch in front is the one that makes the plan.
+    own = attend(a, None, True)
+    assert torch.equal(own[0], expected[0])
+
+
+@pytest.mark.slow
+def test_the_write_lets_the_next_kernel_start_after_its_own_wait(
+    emulated_kernels, emulated_extension
+) -> None:
+    """Then all in front of the write has ended when attention starts. Other kernels trigger at once."""
+    emulator = ctypes.CDLL(emulated_extension.__file__)
+    source, dtype = inputs.generator(0), torch.bfloat16
+    q, k, v = inputs.qkv_views(source, 5, 4, 2, 64, dtype, torch.device("cpu"))
+    caches = [torch.zeros(3, 2, 16, 64, dtype=dtype) for _ in range(2)]
+    slots, positions = torch.arange(5), torch.arange(5)
+    emulated_kernels.run("write_kv_cache", k, v, *caches, slots)
+    assert emulator.triggered_before_wait() == 0
+    emulated_kernels.run("write_kv_cache", k, v, *caches, slots, q, positions, torch.rand(9, 64))
+    assert emulator.triggered_before_wait() == 0
+    emulated_kernels.run("rms_norm", q.contiguous(), torch.ones(64, dtype=dtype), 1e-5, None)
+    assert emulator.triggered_before_wait() == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv", [None, "fp8", "int8", "int4"])
+@pytest.mark.parametrize("batch", [1, 8, 64])
+def test_every_step_sees_its_new_token(kv, batch) -> None:
+    """New keys and values at the same place, step after step, right in front of the attention to them."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    lengths = [1024 - 3 * request for request in range(batch)]
+    a = draw(lengths, device, kv=kv, group=4, kv_heads=8, head_dim=128)
+    plan = plan_of(a)
+    last = a.seq_lens.long() - 1
+    blocks = a.block_table.gather(1, (last // 32)[:, None])[:, 0].long()
+    slots = blocks * 32 + last % 32
+    cos_sin = torch.zeros(2048, 128, device=device)
+    cos_sin[:, :64] = 1.0
+    write = cuda.IMPLEMENTATIONS["write_kv_cache"].run
+    scales = (a.k_scale, a.v_scale)
+
+    def step(q: Tensor, k: Tensor, v: Tensor, follows: bool) -> tuple[Tensor, Tensor]:
+        q = write(k, v, a.k_cache, a.v_cache, slots, q, last, cos_sin, None, None, 0.0, False, *scales)
+        return attention.paged_attention_decode(
+            *(q, a.k_cache, a.v_cache, a.block_table, a.seq_lens, a.softmax_scale, None),
+            *(None, None, None, plan, *scales, follows),
+        )
+
+    steps = [
+        [
+            torch.randn(batch, heads, 128, device=device).mul(scale).to(torch.bfloat16)
+            for heads, scale in ((32, 1), (8, 4), (8, 4))
+        ]
+        for _ in range(100)
+    ]
+    expected = []
+    for one in steps:
+        expected.append(step(*one, False))
+        torch.cuda.synchronize()
+    got = [step(*one, True) for one in steps]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [step(*one, True) for one in steps]
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    for right, eager, replayed in zip(expected, got, captured, strict=True):
+        assert torch.equal(eager[0], right[0]) and torch.equal(eager[1], right[1])
+        assert torch.equal(replayed[0], right[0]) and torch.equal(replayed[1], right[1])
