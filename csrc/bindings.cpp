@@ -16,6 +16,7 @@
 #include "qsun/apply_rope.h"
 #include "qsun/dequantize.h"
 #include "qsun/device.h"
+#include "qsun/gather_columns.h"
 #include "qsun/paged_attention_decode.h"
 #include "qsun/rms_norm.h"
 #include "qsun/sample_tokens.h"
@@ -231,16 +232,15 @@ void bind_panels(py::module_& m) {
       "M"_a, "N"_a, "K"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a, "batch_invariant"_a, "props"_a);
   m.def(
       "wna16_panels",
-      [](const std::optional<PanelsConfig>& config, uintptr_t x, uintptr_t panels, uintptr_t perm,
-         uintptr_t bias, uintptr_t residual, uintptr_t norm_weight, uintptr_t out, uintptr_t norm_out,
-         uintptr_t scratch, int64_t scratch_bytes, int64_t M, int64_t N, int64_t K, int64_t column_blocks,
-         int64_t x_stride, int64_t residual_stride, int64_t out_stride, float norm_eps, int bits,
-         int groups_per_block, bool has_zeros, bool gate_up, bool batch_invariant, bool prefetch_weights,
-         int dtype, int device, uintptr_t stream) {
+      [](const std::optional<PanelsConfig>& config, uintptr_t x, uintptr_t panels, uintptr_t bias,
+         uintptr_t residual, uintptr_t norm_weight, uintptr_t out, uintptr_t norm_out, uintptr_t scratch,
+         int64_t scratch_bytes, int64_t M, int64_t N, int64_t K, int64_t column_blocks, int64_t x_stride,
+         int64_t residual_stride, int64_t out_stride, float norm_eps, int bits, int groups_per_block,
+         bool has_zeros, bool gate_up, bool batch_invariant, bool prefetch_weights, int dtype, int device,
+         uintptr_t stream) {
         Wna16PanelsParams p;
         p.x = pointer(x);
         p.panels = pointer<uint8_t>(panels);
-        p.perm = pointer<int32_t>(perm);
         p.bias = pointer(bias);
         p.residual = pointer(residual);
         p.norm_weight = pointer(norm_weight);
@@ -267,13 +267,29 @@ void bind_panels(py::module_& m) {
         std::visit([&](const auto& own) { check(qsun::wna16_panels(p, own)); }, *config);
       },
       "config: a StreamConfig or a GemmConfig to run as told by that kernel, or None.", "config"_a.none(true),
-      "x"_a, "panels"_a, "perm"_a, "bias"_a, "residual"_a, "norm_weight"_a, "out"_a, "norm_out"_a,
-      "scratch"_a, "scratch_bytes"_a, "M"_a, "N"_a, "K"_a, "column_blocks"_a, "x_stride"_a,
-      "residual_stride"_a, "out_stride"_a, "norm_eps"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a,
-      "gate_up"_a, "batch_invariant"_a, "prefetch_weights"_a, "dtype"_a, "device"_a, "stream"_a);
+      "x"_a, "panels"_a, "bias"_a, "residual"_a, "norm_weight"_a, "out"_a, "norm_out"_a, "scratch"_a,
+      "scratch_bytes"_a, "M"_a, "N"_a, "K"_a, "column_blocks"_a, "x_stride"_a, "residual_stride"_a,
+      "out_stride"_a, "norm_eps"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a, "gate_up"_a,
+      "batch_invariant"_a, "prefetch_weights"_a, "dtype"_a, "device"_a, "stream"_a);
 }
 
 void bind_wna16(py::module_& m) {
+  m.def(
+      "gather_columns",
+      [](uintptr_t x, uintptr_t perm, uintptr_t out, int64_t M, int64_t K, int64_t columns, int64_t x_stride,
+         int dtype, int device, uintptr_t stream) {
+        qsun::GatherColumnsParams p;
+        p.x = pointer(x);
+        p.perm = pointer<int32_t>(perm);
+        p.out = pointer(out);
+        p.M = M;
+        p.K = K;
+        p.columns = columns;
+        p.x_stride = x_stride;
+        place(p, dtype, device, stream);
+        check(qsun::gather_columns(p));
+      },
+      "x"_a, "perm"_a, "out"_a, "M"_a, "K"_a, "columns"_a, "x_stride"_a, "dtype"_a, "device"_a, "stream"_a);
   using qsun::Wna16LinearConfig;
   using qsun::Wna16LinearParams;
   printable<Wna16LinearConfig>(m, "Wna16LinearConfig", "How wna16_linear is launched.")

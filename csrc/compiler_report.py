@@ -24,6 +24,7 @@ REGISTER_BOUNDS = {
     "wna16_gemm_sm90_kernel": 168,
     "wna16_add_parts_kernel": 88,
     "wna16_norm_parts_kernel": 176,
+    "gather_columns_kernel": 40,
     "dequantize_kernel": 40,
     "paged_attention_plan_kernel": 40,
     "paged_attention_tiles_kernel": 255,

@@ -187,6 +187,18 @@ def wna16_panels_shared_bytes(
     has_zeros: bool,
     config: StreamConfig | GemmConfig,
 ) -> int: ...
+def gather_columns(
+    x: int,
+    perm: int,
+    out: int,
+    M: int,
+    K: int,
+    columns: int,
+    x_stride: int,
+    dtype: int,
+    device: int,
+    stream: int,
+) -> None: ...
 def wna16_panels_scratch_bytes(
     M: int,
     N: int,
@@ -211,7 +223,6 @@ def wna16_panels(
     config: StreamConfig | GemmConfig | None,
     x: int,
     panels: int,
-    perm: int,
     bias: int,
     residual: int,
     norm_weight: int,

@@ -23,7 +23,7 @@ std::string to_string(const GemmConfig& c) {
       .str();
 }
 
-bool gemm_can_read(const Wna16PanelsParams& p) { return p.perm == nullptr && wide({p.x}, {p.x_stride * 2}); }
+bool gemm_can_read(const Wna16PanelsParams& p) { return wide({p.x}, {p.x_stride * 2}); }
 
 namespace {
 

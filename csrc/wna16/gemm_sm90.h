@@ -16,7 +16,7 @@ constexpr int kFewestClusterTokens = 64;  // of a token tile whose blocks may ad
 constexpr int kMaxCluster = 8;            // blocks, on any GPU
 constexpr int kMaxStages = 8;
 
-// Whether the kernel can run the problem: perm is null, and the copy engine can read x.
+// Whether the kernel can run the problem: the copy engine can read x.
 bool gemm_can_read(const Wna16PanelsParams& params);
 
 constexpr int kBoxColumns = 64;             // of x that are copied at once: 128 bytes, the swizzle's width

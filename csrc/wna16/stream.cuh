@@ -310,7 +310,7 @@ cudaError_t launch_stream_tile(const Wna16PanelsParams& p, const StreamConfig& c
   a.stages = config.stages;
   a.x_rows = stream_x_rows(p, config);
   a.weight_bytes = kRowTiles * a.tile_bytes;
-  a.wide_x = p.perm == nullptr && wide({p.x}, {p.x_stride * static_cast<int64_t>(sizeof(T))});
+  a.wide_x = wide({p.x}, {p.x_stride * static_cast<int64_t>(sizeof(T))});
   const dim3 grid(config.row_blocks, ceil_div(p.M, kTokenTiles * kTokens));
   LaunchOptions options;
   options.shared_bytes = a.memory.total;

@@ -31,19 +31,19 @@ struct StreamArguments {
   int stages;
   int x_rows;        // of a stage
   int weight_bytes;  // of a stage
-  bool wide_x;       // rows of x are aligned to 16 bytes, and their columns those of the weight
+  bool wide_x;       // rows of x are aligned to 16 bytes
 };
 
-// Copies the columns k0 .. k0 + 127 of x one by one: for a permuted weight, for rows of x that wider copies
-// cannot take, and for the last columns; zeros where x has no column. Out of line: the instructions of the
+// Copies the columns k0 .. k0 + 127 of x one by one: for rows of x that wider copies cannot take, and for the
+// last columns; zeros where x has no column. Out of line: the instructions of the
 // common path stay together.
 template <typename T>
 __device__ __noinline__ void gather_x(const StreamArguments& a, const T* x, int x_rows, int k0, uint32_t rows,
                                       uint32_t lane) {
 #pragma unroll 1
   for (uint32_t column = lane; column < kBlockColumns; column += kWarpLanes) {
-    const int k = a.p.perm != nullptr ? load_element(a.p.perm + k0 + column) : k0 + static_cast<int>(column);
-    const bool inside = k >= 0 && k < a.p.K;
+    const int k = k0 + static_cast<int>(column);
+    const bool inside = k < a.p.K;
 #pragma unroll 1
     for (int row = 0; row < x_rows; ++row) {
       const T value = inside ? x[row * a.p.x_stride + k] : from_float<T>(0.0f);

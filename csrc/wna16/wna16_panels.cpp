@@ -27,7 +27,6 @@ std::string to_string(const Wna16PanelsParams& p) {
       .add("bits", p.bits)
       .add("groups_per_block", p.groups_per_block)
       .add("zeros", p.has_zeros ? "stored" : "symmetric")
-      .add("perm", p.perm != nullptr ? "yes" : "no")
       .add("rows", p.gate_up ? "gate and up" : "plain")
       .add("norm", p.norm_weight != nullptr ? "yes" : "no")
       .add("dtype", to_string(p.dtype))
@@ -154,7 +153,7 @@ Status check(const Wna16PanelsParams& p) {
       .at_most("M", p.M, p.batch_invariant ? kMaxGridY * kTokens : int64_t{1} << 21);
   checks.at_most("N", p.N, int64_t{1} << 31).at_most("K", p.K, int64_t{1} << 30);
   const int64_t stored = p.column_blocks * kBlockColumns;
-  checks.at_least("column_blocks * 128", stored, p.perm != nullptr ? 1 : p.K);
+  checks.at_least("column_blocks * 128", stored, p.K);
   if (p.gate_up) {
     checks.multiple_of("N", p.N, 2);
     checks.require(p.bias == nullptr, "bias", "given", "null with gate_up");
@@ -163,7 +162,7 @@ Status check(const Wna16PanelsParams& p) {
   }
   if (p.M > 0) {
     checks.not_null("x", p.x).not_null("panels", p.panels).not_null("out", p.out);
-    checks.aligned("panels", p.panels, 16).aligned("perm", p.perm, 4);
+    checks.aligned("panels", p.panels, 16);
     checks.require((p.norm_weight == nullptr) == (p.norm_out == nullptr), "norm_out",
                    p.norm_out == nullptr ? "null" : "given", "null exactly when norm_weight is null");
   }
@@ -201,7 +200,6 @@ Status check_scratch(const Wna16PanelsParams& p, const GemmConfig& c) {
 Status check(const Wna16PanelsParams& p, const GemmConfig& c, const DeviceProps& props) {
   Checks checks;
   checks.require(has_gemm(props), "device", "without wgmma, or the library without its code", "sm_90a");
-  checks.require(p.perm == nullptr, "perm", "given", "null for this kernel");
   checks.require(gemm_can_read(p), "x", "misaligned", "rows aligned to 16 bytes for this kernel");
   checks.require(!p.batch_invariant, "batch_invariant", "yes", "no for this kernel");
   const auto is_own = [&](const GemmTile& tile) {

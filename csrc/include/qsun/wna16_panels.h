@@ -18,8 +18,6 @@ namespace qsun {
 struct Wna16PanelsParams {
   const void* x = nullptr;          // (M, K) dtype, rows x_stride elements apart
   const uint8_t* panels = nullptr;  // (ceil(N / 64), column_blocks, block_bytes), aligned to 16 bytes
-  const int32_t* perm = nullptr;    // (128 * column_blocks,): the column of x that a stored column takes, -1
-                                    // for none; null: stored columns are those of x
   const void* bias = nullptr;       // (N,) dtype; null: none
   const void* residual = nullptr;   // (M, N) dtype, rows residual_stride elements apart; null: none
   const void* norm_weight = nullptr;  // (N,) dtype; null: no norm

@@ -28,9 +28,6 @@ ROWS_LAYOUT = "cuda.rows"
 PANEL_DTYPES = (torch.float16, torch.bfloat16)
 """Activations that the tensor cores take."""
 
-_GATHERED_BEFORE = 16
-"""Above this many rows of x, act-order columns are gathered by a kernel of their own."""
-
 
 def supports_linear(problem: Wna16Problem | DequantizeProblem) -> str | None:
     return library.refuse(problem.device, dtype=problem.dtype)
@@ -169,15 +166,10 @@ def launch_panels(
     config: library.binding.StreamConfig | library.binding.GemmConfig | None = None,
     norm: _Norm | None = None,
 ) -> None:
-    """config: which kernel to run and how, for tests and tuning; by default the library chooses.
-
-    The kernel of a GemmConfig cannot gather: it refuses an act-order weight.
-    """
+    """config: which kernel to run and how, for tests and tuning; by default the library chooses."""
     spec, panels = weight.spec, weight.tensors[0]
-    perm = weight.tensors[1] if len(weight.tensors) == 2 else None
-    if perm is not None and x.shape[0] > _GATHERED_BEFORE and not batch_invariant and config is None:
-        # The copy engine, which feeds the kernel for many tokens, cannot gather.
-        x, perm = _gathered(x, perm), None
+    if len(weight.tensors) == 2:
+        x = _gathered(x, weight.tensors[1])
     group = 32 if weight.stored_layout.endswith("32") else spec.group_size
     groups_per_block = 1 if group == "channel" else BLOCK_COLUMNS // group
     device = x.get_device()
@@ -186,7 +178,7 @@ def launch_panels(
         if isinstance(config, library.binding.GemmConfig):
             sizes = x.shape[0], weight.N, x.shape[1]
             scratch_bytes = library.binding.wna16_gemm_scratch_bytes(*sizes, config)
-    elif perm is None:
+    else:
         scratch_bytes = _scratch_bytes(
             x.shape[0],
             weight.N,
@@ -203,7 +195,6 @@ def launch_panels(
         config,
         x.data_ptr(),
         panels.data_ptr(),
-        library.address(perm),
         library.address(bias),
         library.address(residual),
         0 if norm is None else norm.weight.data_ptr(),
@@ -232,9 +223,22 @@ def launch_panels(
 
 
 def _gathered(x: Tensor, perm: Tensor) -> Tensor:
-    """x with its columns as the weight stores them: (M, len(perm)), zero where perm is -1."""
-    columns = torch.where(perm < 0, x.shape[1], perm)
-    return torch.nn.functional.pad(x, (0, 1)).index_select(1, columns)
+    """x (M, K) with its columns as the weight stores them: (M, len(perm)), zero where perm is -1."""
+    out = torch.empty((x.shape[0], len(perm)), dtype=x.dtype, device=x.device)
+    device = x.get_device()
+    library.binding.gather_columns(
+        x.data_ptr(),
+        perm.data_ptr(),
+        out.data_ptr(),
+        x.shape[0],
+        x.shape[1],
+        len(perm),
+        x.stride(0),
+        library.DTYPE_CODES[x.dtype],
+        device,
+        library.stream(device),
+    )
+    return out
 
 
 def _launch_rows(

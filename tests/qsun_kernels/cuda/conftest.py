@@ -107,7 +107,7 @@ class OnDevice:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         function = getattr(self._module, name)
-        if name not in (*cuda.IMPLEMENTATIONS, "wna16_panels", "plan_paged_attention"):
+        if name not in (*cuda.IMPLEMENTATIONS, "wna16_panels", "plan_paged_attention", "gather_columns"):
             return function
         return lambda *arguments: function(*arguments[:-2], self._device, arguments[-1])
 

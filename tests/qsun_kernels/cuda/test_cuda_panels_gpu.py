@@ -147,6 +147,22 @@ def test_batch_invariance(kernels, dtype) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("M", (1, 3))
+def test_columns_are_gathered(kernels, M, dtype) -> None:
+    """Bits are moved as they are; -1 gives zero; rows of x may lie apart, and more columns come than a block takes."""
+    K, columns = 301, 1280
+    source = inputs.generator(M)
+    wide = inputs.normal(source, (M, K + 7), dtype, kernels.device)
+    wide[0, 5] = float("nan")
+    x = wide[:, :K]
+    perm = torch.randint(-1, K, (columns,), generator=source).to(torch.int32).to(kernels.device)
+    perm[:3] = torch.tensor([-1, 5, K - 1], dtype=torch.int32)
+    got = linear._gathered(x, perm)
+    expected = torch.where(perm < 0, 0, x[:, perm.long().clamp(min=0)].view(torch.int16)).to(torch.int16)
+    assert torch.equal(got.view(torch.int16), expected)
+
+
 @pytest.mark.parametrize("M", (1, 5, 16, 17, 40))
 def test_act_order_gathers_x(kernels, M) -> None:
     for group_size, N, K in ((32, 40, 200), (128, 65, 384)):
