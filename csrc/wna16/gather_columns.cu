@@ -56,6 +56,7 @@ __global__ void __launch_bounds__(kThreads)
 
 Status check(const GatherColumnsParams& p) {
   Checks checks;
+  checks.known(p.dtype);
   checks.require(p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16, "dtype", to_string(p.dtype),
                  "float16 or bfloat16");
   checks.at_least("M", p.M, 0).at_least("K", p.K, 1).at_most("K", p.K, int64_t{1} << 30);

@@ -228,7 +228,8 @@ CALLS = {
         residual_stride=0, out_stride=32, bits=4, group_size=32,
     ),
     "wna16_panels": call(
-        "x panels out", config=None, bias=0, residual=0, scratch=0, scratch_bytes=0, M=2, N=32,
+        "x panels out", config=None, bias=0, residual=0, norm_weight=0, norm_out=0, norm_eps=0.0, scratch=0,
+        scratch_bytes=0, M=2, N=32,
         K=64, column_blocks=1, x_stride=64, residual_stride=0, out_stride=32, bits=4, groups_per_block=1,
         has_zeros=False, gate_up=False, batch_invariant=False, prefetch_weights=True,
     ),
@@ -240,7 +241,7 @@ CALLS = {
         "q k_cache v_cache block_table seq_lens out lse plan scratch", config=None, k_scale=0, v_scale=0,
         sinks=0, plan_bytes=2**30, scratch_bytes=2**30, batch=2, q_len=1, num_q_heads=4, num_kv_heads=2,
         head_dim=64, num_blocks=8, block_size=16, max_blocks=4, q_stride=256, block_table_stride=4, window=-1,
-        softmax_scale=0.125, softcap=0.0, kv_dtype=1, kv_scales=0,
+        softmax_scale=0.125, softcap=0.0, kv_dtype=1, kv_scales=0, follows_write=False,
     ),
     "plan_paged_attention": call(
         "seq_lens plan", config=None, plan_bytes=2**30, batch=2, q_len=1, num_q_heads=4, num_kv_heads=2,

@@ -340,7 +340,7 @@ def test_prefetching_is_passed_on(kernels, monkeypatch) -> None:
             return getattr(binding, name)
 
         def wna16_panels(self, *arguments: Any) -> None:
-            passed.append(arguments[21])
+            passed.append(arguments[-4])
             binding.wna16_panels(*arguments)
 
     monkeypatch.setattr(library, "binding", Recording())
