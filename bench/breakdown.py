@@ -28,7 +28,7 @@ BETWEEN = "between"
 
 # The first pattern that is found in a kernel's name tells its operator.
 _KERNELS: Sequence[tuple[str, str]] = (
-    (r"paged_attention_plan", "plan_paged_attention"),
+    (r"paged_attention_(plan|order|compare|group)", "plan_paged_attention"),
     (r"paged_attention", "paged_attention_decode"),
     (r"write_kv|hadamard", "write_kv_cache"),
     (r"wna16|dequantize_kernel", "wna16_linear"),

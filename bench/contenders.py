@@ -81,6 +81,7 @@ def _prepare_attention(operands: AttentionOperands, backend: BackendName) -> Pre
             kv_dtype=kv.k_cache.dtype,
             kv_scales=kv.kv_scales,
             window=kv.window,
+            block_table=kv.block_table if kv.shares_prefixes else None,
             backend=backend,
         )
 

@@ -421,17 +421,27 @@ void bind_attention_configs(py::module_& m) {
   printable<PagedAttentionDecodeConfig>(m, "PagedAttentionDecodeConfig",
                                         "How the planned kernel of paged_attention_decode is launched.")
       .def(py::init([](int warps, int stages, int blocks_per_sm, int parts, int min_part_units,
-                       bool overlaps_producer) {
-             return PagedAttentionDecodeConfig{warps, stages,         blocks_per_sm,
-                                               parts, min_part_units, overlaps_producer};
+                       int prefix_parts, int min_prefix_tiles, int min_saved_tiles, bool overlaps_producer) {
+             return PagedAttentionDecodeConfig{warps,
+                                               stages,
+                                               blocks_per_sm,
+                                               parts,
+                                               min_part_units,
+                                               prefix_parts,
+                                               min_prefix_tiles,
+                                               min_saved_tiles,
+                                               overlaps_producer};
            }),
            py::kw_only(), "warps"_a, "stages"_a, "blocks_per_sm"_a, "parts"_a, "min_part_units"_a,
-           "overlaps_producer"_a)
+           "prefix_parts"_a = 0, "min_prefix_tiles"_a = 4, "min_saved_tiles"_a = 0, "overlaps_producer"_a)
       .def_readonly("warps", &PagedAttentionDecodeConfig::warps)
       .def_readonly("stages", &PagedAttentionDecodeConfig::stages)
       .def_readonly("blocks_per_sm", &PagedAttentionDecodeConfig::blocks_per_sm)
       .def_readonly("parts", &PagedAttentionDecodeConfig::parts)
       .def_readonly("min_part_units", &PagedAttentionDecodeConfig::min_part_units)
+      .def_readonly("prefix_parts", &PagedAttentionDecodeConfig::prefix_parts)
+      .def_readonly("min_prefix_tiles", &PagedAttentionDecodeConfig::min_prefix_tiles)
+      .def_readonly("min_saved_tiles", &PagedAttentionDecodeConfig::min_saved_tiles)
       .def_readonly("overlaps_producer", &PagedAttentionDecodeConfig::overlaps_producer);
   printable<PagedAttentionSplitConfig>(m, "PagedAttentionSplitConfig",
                                        "How the other kernel of paged_attention_decode is launched.")
@@ -453,8 +463,17 @@ void bind_attention_configs(py::module_& m) {
       "Bytes of a plan; 0 where the kernel that serves the sizes takes none.",
       [](const Params& p, const auto& how) { return qsun::paged_attention_plan_bytes(p, how); });
   bind_attention_bytes(
-      m, "paged_attention_decode_scratch_bytes", "Bytes of scratch of one call.",
+      m, "paged_attention_prefixes_bytes",
+      "Bytes of what a plan says about shared prefixes; 0 for sizes that share none.",
+      [](const Params& p, const auto& how) { return qsun::paged_attention_prefixes_bytes(p, how); });
+  bind_attention_bytes(
+      m, "paged_attention_decode_scratch_bytes", "Bytes of scratch of one call without shared prefixes.",
       [](const Params& p, const auto& how) { return qsun::paged_attention_decode_scratch_bytes(p, how); });
+  bind_attention_bytes(m, "paged_attention_sharing_scratch_bytes",
+                       "Bytes of scratch of one call with shared prefixes.",
+                       [](const Params& p, const auto& how) {
+                         return qsun::paged_attention_decode_scratch_bytes(p, how, true);
+                       });
 }
 
 void bind_attention(py::module_& m) {
@@ -462,30 +481,39 @@ void bind_attention(py::module_& m) {
   bind_attention_configs(m);
   m.def(
       "plan_paged_attention",
-      [](const PagedAttentionDecodeConfig* config, uintptr_t seq_lens, uintptr_t plan, int64_t plan_bytes,
-         int64_t batch, int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim,
-         int64_t block_size, int64_t window, int dtype, int kv_dtype, int kv_scales, int device,
+      [](const PagedAttentionDecodeConfig* config, uintptr_t seq_lens, uintptr_t block_table, uintptr_t plan,
+         int64_t plan_bytes, uintptr_t prefixes, int64_t prefixes_bytes, int64_t batch, int64_t q_len,
+         int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t block_size, int64_t max_blocks,
+         int64_t block_table_stride, int64_t window, int dtype, int kv_dtype, int kv_scales, int device,
          uintptr_t stream) {
-        auto p = attention_sizes(batch, q_len, num_q_heads, num_kv_heads, head_dim, block_size, 0, window,
-                                 dtype, kv_dtype, kv_scales);
+        auto p = attention_sizes(batch, q_len, num_q_heads, num_kv_heads, head_dim, block_size, max_blocks,
+                                 window, dtype, kv_dtype, kv_scales);
         p.seq_lens = pointer<int32_t>(seq_lens);
+        p.block_table = pointer<int32_t>(block_table);
+        p.block_table_stride = block_table_stride;
         p.plan = pointer(plan);
         p.plan_bytes = plan_bytes;
+        p.prefixes = pointer(prefixes);
+        p.prefixes_bytes = prefixes_bytes;
         place(p, dtype, device, stream);
         check(config == nullptr ? qsun::plan_paged_attention(p) : qsun::plan_paged_attention(p, *config));
       },
-      "config: a PagedAttentionDecodeConfig to plan for, or None.", "config"_a.none(true), "seq_lens"_a,
-      "plan"_a, "plan_bytes"_a, "batch"_a, "q_len"_a, "num_q_heads"_a, "num_kv_heads"_a, "head_dim"_a,
-      "block_size"_a, "window"_a, "dtype"_a, "kv_dtype"_a, "kv_scales"_a, "device"_a, "stream"_a);
+      "config: a PagedAttentionDecodeConfig to plan for, or None. prefixes: 0 to share none, and then"
+      " block_table is not looked at.",
+      "config"_a.none(true), "seq_lens"_a, "block_table"_a, "plan"_a, "plan_bytes"_a, "prefixes"_a,
+      "prefixes_bytes"_a, "batch"_a, "q_len"_a, "num_q_heads"_a, "num_kv_heads"_a, "head_dim"_a,
+      "block_size"_a, "max_blocks"_a, "block_table_stride"_a, "window"_a, "dtype"_a, "kv_dtype"_a,
+      "kv_scales"_a, "device"_a, "stream"_a);
   m.def(
       "paged_attention_decode",
       [](const PagedAttentionDecodeConfig* config, uintptr_t q, uintptr_t k_cache, uintptr_t v_cache,
          uintptr_t k_scale, uintptr_t v_scale, uintptr_t block_table, uintptr_t seq_lens, uintptr_t sinks,
-         uintptr_t out, uintptr_t lse, uintptr_t plan, int64_t plan_bytes, uintptr_t scratch,
-         int64_t scratch_bytes, int64_t batch, int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads,
-         int64_t head_dim, int64_t num_blocks, int64_t block_size, int64_t max_blocks, int64_t q_stride,
-         int64_t block_table_stride, int64_t window, float softmax_scale, float softcap, bool follows_write,
-         int dtype, int kv_dtype, int kv_scales, int device, uintptr_t stream) {
+         uintptr_t out, uintptr_t lse, uintptr_t plan, int64_t plan_bytes, uintptr_t prefixes,
+         int64_t prefixes_bytes, uintptr_t scratch, int64_t scratch_bytes, int64_t batch, int64_t q_len,
+         int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, int64_t num_blocks, int64_t block_size,
+         int64_t max_blocks, int64_t q_stride, int64_t block_table_stride, int64_t window,
+         float softmax_scale, float softcap, bool follows_write, int dtype, int kv_dtype, int kv_scales,
+         int device, uintptr_t stream) {
         auto p = attention_sizes(batch, q_len, num_q_heads, num_kv_heads, head_dim, block_size, max_blocks,
                                  window, dtype, kv_dtype, kv_scales);
         p.q = pointer(q);
@@ -500,6 +528,8 @@ void bind_attention(py::module_& m) {
         p.lse = pointer<float>(lse);
         p.plan = pointer(plan);
         p.plan_bytes = plan_bytes;
+        p.prefixes = pointer(prefixes);
+        p.prefixes_bytes = prefixes_bytes;
         p.scratch = pointer(scratch);
         p.scratch_bytes = scratch_bytes;
         p.num_blocks = num_blocks;
@@ -513,10 +543,11 @@ void bind_attention(py::module_& m) {
       },
       "config: a PagedAttentionDecodeConfig to run as told by the planned kernel, or None.",
       "config"_a.none(true), "q"_a, "k_cache"_a, "v_cache"_a, "k_scale"_a, "v_scale"_a, "block_table"_a,
-      "seq_lens"_a, "sinks"_a, "out"_a, "lse"_a, "plan"_a, "plan_bytes"_a, "scratch"_a, "scratch_bytes"_a,
-      "batch"_a, "q_len"_a, "num_q_heads"_a, "num_kv_heads"_a, "head_dim"_a, "num_blocks"_a, "block_size"_a,
-      "max_blocks"_a, "q_stride"_a, "block_table_stride"_a, "window"_a, "softmax_scale"_a, "softcap"_a,
-      "follows_write"_a, "dtype"_a, "kv_dtype"_a, "kv_scales"_a, "device"_a, "stream"_a);
+      "seq_lens"_a, "sinks"_a, "out"_a, "lse"_a, "plan"_a, "plan_bytes"_a, "prefixes"_a, "prefixes_bytes"_a,
+      "scratch"_a, "scratch_bytes"_a, "batch"_a, "q_len"_a, "num_q_heads"_a, "num_kv_heads"_a, "head_dim"_a,
+      "num_blocks"_a, "block_size"_a, "max_blocks"_a, "q_stride"_a, "block_table_stride"_a, "window"_a,
+      "softmax_scale"_a, "softcap"_a, "follows_write"_a, "dtype"_a, "kv_dtype"_a, "kv_scales"_a, "device"_a,
+      "stream"_a);
 }
 
 // ---- write_kv_cache

@@ -91,6 +91,9 @@ class PagedAttentionDecodeConfig:
         blocks_per_sm: int,
         parts: int,
         min_part_units: int,
+        prefix_parts: int = 0,
+        min_prefix_tiles: int = 4,
+        min_saved_tiles: int = 0,
         overlaps_producer: bool,
     ) -> None: ...
     @property
@@ -103,6 +106,12 @@ class PagedAttentionDecodeConfig:
     def parts(self) -> int: ...
     @property
     def min_part_units(self) -> int: ...
+    @property
+    def prefix_parts(self) -> int: ...
+    @property
+    def min_prefix_tiles(self) -> int: ...
+    @property
+    def min_saved_tiles(self) -> int: ...
     @property
     def overlaps_producer(self) -> bool: ...
 
@@ -306,7 +315,37 @@ def paged_attention_plan_bytes(
     kv_scales: int,
     props: DeviceProps,
 ) -> int: ...
+def paged_attention_prefixes_bytes(
+    config: PagedAttentionDecodeConfig | None,
+    batch: int,
+    q_len: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    max_blocks: int,
+    window: int,
+    dtype: int,
+    kv_dtype: int,
+    kv_scales: int,
+    props: DeviceProps,
+) -> int: ...
 def paged_attention_decode_scratch_bytes(
+    config: PagedAttentionDecodeConfig | None,
+    batch: int,
+    q_len: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    max_blocks: int,
+    window: int,
+    dtype: int,
+    kv_dtype: int,
+    kv_scales: int,
+    props: DeviceProps,
+) -> int: ...
+def paged_attention_sharing_scratch_bytes(
     config: PagedAttentionDecodeConfig | None,
     batch: int,
     q_len: int,
@@ -324,14 +363,19 @@ def paged_attention_decode_scratch_bytes(
 def plan_paged_attention(
     config: PagedAttentionDecodeConfig | None,
     seq_lens: int,
+    block_table: int,
     plan: int,
     plan_bytes: int,
+    prefixes: int,
+    prefixes_bytes: int,
     batch: int,
     q_len: int,
     num_q_heads: int,
     num_kv_heads: int,
     head_dim: int,
     block_size: int,
+    max_blocks: int,
+    block_table_stride: int,
     window: int,
     dtype: int,
     kv_dtype: int,
@@ -353,6 +397,8 @@ def paged_attention_decode(
     lse: int,
     plan: int,
     plan_bytes: int,
+    prefixes: int,
+    prefixes_bytes: int,
     scratch: int,
     scratch_bytes: int,
     batch: int,

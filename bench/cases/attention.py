@@ -1,7 +1,8 @@
 """Cases of `paged_attention_decode`: uniform and skewed batches over a shuffled block table.
 
 On a GPU the suite's own cases are batches of one model's heads over a cache of values in blocks of 16; some
-of them again over caches of codes; and one of them with more query heads a key head, and with larger blocks.
+of them again over caches of codes; one of them with more query heads a key head, and with larger blocks; and
+batches whose requests begin with the same blocks, with and without sharing them.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ _CUDA_SKEWED: tuple[tuple[int, float, int], ...] = (
     (64, 1.0, 131072), (64, 1.2, 131072), (64, 1.5, 131072), (200, 1.2, 262144),
 )  # fmt: skip
 _CUDA_ONE_LONG = ((64, 131072),)
+# Groups, requests of each, tokens that a group shares, tokens of a request's own.
+_CUDA_SHARED = ((1, 64, 4096, 256), (8, 8, 4096, 256))
+_CPU_SHARED = ((1, 4, 512, 64),)
 _CPU_UNIFORM = ((1, 1024), (8, 512))
 _CPU_SKEWED = ((16, 1.0, 8192),)
 
@@ -72,6 +76,7 @@ class AttentionOperands:
     dtype: torch.dtype
     softmax_scale: float
     window: int | None
+    shares_prefixes: bool = False  # read once what several requests have in the same blocks
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -138,7 +143,9 @@ class AttentionCase:
     """One decode step of a batch. label: the batch and its lengths.
 
     kv: what the cache holds, "auto" for values of `dtype`. The name tells what is unlike the most: codes, and
-    blocks of another size than 16.
+    blocks of another size than 16. shared_tokens: with these each request begins, in the same blocks as the
+    others of its group. groups: of requests that follow one another. shares_prefixes: whether the plan is
+    given the block table.
     """
 
     op: ClassVar[str] = "paged_attention_decode"
@@ -152,6 +159,9 @@ class AttentionCase:
     block_size: int = DEFAULT_BLOCK_SIZE
     window: int | None = None
     kv: KvChoice = "auto"
+    shared_tokens: int = 0
+    groups: int = 1
+    shares_prefixes: bool = False
 
     @property
     def name(self) -> str:
@@ -160,8 +170,9 @@ class AttentionCase:
     @property
     def bytes(self) -> int:
         kept = (n if self.window is None else min(n, self.window) for n in self.seq_lens)
+        again = (len(self.seq_lens) - self.groups) * self.shared_tokens
         head = kv_choice.head_bytes(self.kv, self.dtype, self.head_dim)
-        kv = 2 * sum(kept) * self.kv_heads * head + kv_choice.tensor_scale_bytes(self.kv)
+        kv = 2 * (sum(kept) - again) * self.kv_heads * head + kv_choice.tensor_scale_bytes(self.kv)
         tables = sum(-(-n // self.block_size) for n in self.seq_lens) * 4 + len(self.seq_lens) * 4
         return kv + tables + 2 * len(self.seq_lens) * self.q_heads * self.head_dim * self.dtype.itemsize
 
@@ -171,7 +182,15 @@ class AttentionCase:
 
     def fields(self) -> dict[str, Json]:
         name = str(self.dtype).removeprefix("torch.")
+        shared: dict[str, Json] = {}
+        if self.shared_tokens:
+            shared = {
+                "shared_tokens": self.shared_tokens,
+                "groups": self.groups,
+                "shares_prefixes": self.shares_prefixes,
+            }
         return {
+            **shared,
             "batch": len(self.seq_lens),
             "seq_lens": list(self.seq_lens),
             "q_heads": self.q_heads,
@@ -200,20 +219,27 @@ class AttentionCase:
         # By the label, not the name: a cache of codes holds what the cache of values holds, rounded.
         g = generator(device, "kv", self.label, self.seq_lens)
         needed = [-(-n // self.block_size) for n in self.seq_lens]
-        order = torch.randperm(sum(needed), generator=g, device=device).to(torch.int32)
+        shared = self.shared_tokens // self.block_size
+        group_size = len(needed) // self.groups
+        in_use = sum(needed) - (len(needed) - self.groups) * shared
+        order = torch.randperm(in_use, generator=g, device=device).to(torch.int32)
         # Entries past a request's length are never read: an index outside the cache would show if they were.
         table = torch.full((len(needed), max(needed)), torch.iinfo(torch.int32).max, dtype=torch.int32)
         table = table.to(device)
         start = 0
         for row, count in enumerate(needed):
-            table[row, :count] = order[start : start + count]
-            start += count
-        k_cache, k_scale = self._random_cache(sum(needed), g)
-        v_cache, v_scale = self._random_cache(sum(needed), g)
+            first = row // group_size * group_size
+            known = shared if row > first else 0
+            table[row, :known] = table[first, :known]
+            table[row, known:count] = order[start : start + count - known]
+            start += count - known
+        k_cache, k_scale = self._random_cache(in_use, g)
+        v_cache, v_scale = self._random_cache(in_use, g)
         return AttentionOperands(
             *(k_cache, v_cache, k_scale, v_scale, table),
             torch.tensor(self.seq_lens, dtype=torch.int32, device=device),
             *(self.q_heads, self.head_dim, self.dtype, self.head_dim**-0.5, self.window),
+            shares_prefixes=self.shares_prefixes,
         )
 
     def _random_cache(self, num_blocks: int, g: torch.Generator) -> tuple[Tensor, Tensor | None]:
@@ -249,13 +275,15 @@ class AttentionCase:
 def cases(selection: Selection) -> Sequence[AttentionCase]:
     """Uniform batches and Zipf-skewed ones for the attention sizes of the chosen shapes, equal sizes once.
 
-    Heads, codes and block sizes that were asked for are combined with all of them. On a GPU, when nothing was
-    asked for, some batches are also of codes, of larger groups and of larger blocks.
+    Heads, codes and block sizes that were asked for are combined with all of them. When nothing was asked
+    for, there are batches with common beginnings, too, and on a GPU some of codes, of larger groups and of
+    larger blocks.
     """
     on_cuda = selection.device.type == "cuda"
     names = selection.shapes or (("llama-3.1-8b",) if on_cuda else ("smollm2-135m",))
     uniform, skewed = (_CUDA_UNIFORM, _CUDA_SKEWED) if on_cuda else (_CPU_UNIFORM, _CPU_SKEWED)
     one_long, last = (_CUDA_ONE_LONG, _CUDA_LAST) if on_cuda else ((), ())
+    shared: tuple[tuple[int, int, int, int], ...] = _CUDA_SHARED if on_cuda else _CPU_SHARED
     if selection.smoke:
         names, uniform, skewed, one_long, last = (
             selection.shapes or ("smollm2-135m",),
@@ -264,6 +292,7 @@ def cases(selection: Selection) -> Sequence[AttentionCase]:
             ((4, 1000),),
             (),
         )
+        shared = ((2, 3, 128, 20),)
     if selection.batches or selection.contexts:
         batches = selection.batches or (1,)
         contexts = selection.contexts or (1024,)
@@ -282,6 +311,8 @@ def cases(selection: Selection) -> Sequence[AttentionCase]:
             )
         elif on_cuda and not any(asked):
             found += _further(heads, selection.dtype)
+        if not any(asked):
+            found += _shared_cases(heads, selection.dtype, shared)
         found += _combined(heads, _uniform(last), settings, selection.dtype)
     return list(dict.fromkeys(found))
 
@@ -330,6 +361,22 @@ def _skewed(sizes: Sequence[tuple[int, float, int]]) -> list[_Batch]:
         (f"{b}-zipf{alpha:g}-{total}", tuple(zipf_lengths(torch.Generator().manual_seed(b), b, total, alpha)))
         for b, alpha, total in sizes
     ]
+
+
+def _shared_cases(
+    heads: _Heads, dtype: torch.dtype, sizes: Sequence[tuple[int, int, int, int]]
+) -> Iterator[AttentionCase]:
+    """Batches with common beginnings, each once with a plan that shares them and once without."""
+    for groups, each, shared_tokens, own in sizes:
+        label = "h{}kv{}d{}".format(*heads) + f".{groups}x{each}x{shared_tokens}+{own}"
+        lengths = (shared_tokens + own,) * (groups * each)
+        for name, shares in (("shared", True), ("alone", False)):
+            yield AttentionCase(
+                *(f"{label}-{name}", lengths, *heads, dtype),
+                shared_tokens=shared_tokens,
+                groups=groups,
+                shares_prefixes=shares,
+            )
 
 
 def _one_long(batch: int, total: int) -> tuple[int, ...]:

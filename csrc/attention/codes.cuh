@@ -23,6 +23,10 @@
 namespace qsun {
 namespace {
 
+// Prefixes of codes are not shared.
+template <typename T, int kHeadDim>
+using CodesResults = Results<T, kHeadDim, false>;
+
 // The first element of head_dim of this lane's results i, i + 1 of CodesRows::out.
 template <typename Layout>
 __device__ __forceinline__ int element_of_result(int i, int lane) {
@@ -32,7 +36,7 @@ __device__ __forceinline__ int element_of_result(int i, int lane) {
 
 // Stores a warp's own rows, four neighbours at a time.
 template <typename Layout, typename T, int kHeadDim, int kTiles>
-__device__ __forceinline__ void store_rows(const Results<T, kHeadDim>& results,
+__device__ __forceinline__ void store_rows(const CodesResults<T, kHeadDim>& results,
                                            const CodesRows<kHeadDim, kTiles>& rows, int first_row,
                                            float value_scale, int lane) {
 #pragma unroll
@@ -89,7 +93,7 @@ __device__ __forceinline__ void lay_out(const CodesRows<kHeadDim, kTiles>& rows,
 // Merges the warps' rows that lie a slice apart from `source` on, in the order of the warps, and stores them
 // as rows from first_row on.
 template <int kSlice, typename T, int kHeadDim>
-__device__ __forceinline__ void store_merged(const Results<T, kHeadDim>& results, int first_row,
+__device__ __forceinline__ void store_merged(const CodesResults<T, kHeadDim>& results, int first_row,
                                              float value_scale, uint32_t source, uint32_t statistics,
                                              int thread) {
   const int num_rows = min(results.a.rows - first_row, kHeadTile);
@@ -168,7 +172,7 @@ __global__ void __launch_bounds__((kCodesShape<kCodes, kHeadDim, kRows>.warps * 
   const uint32_t ring = statistics + kTilesHeadBytes;
   const uint32_t ring_end = ring + a.stages * kStage;
   const auto addresses = SliceAddresses::of<Layout>(lane);
-  store_row_places(a, places, thread, kWarps * kWarp);
+  store_row_places<false>(a, places, thread, kWarps * kWarp);
   const bool starts_early = kLaunchesOverlap && a.p.follows_write;
   if (!starts_early) wait_for_producers();
 
@@ -180,8 +184,9 @@ __global__ void __launch_bounds__((kCodesShape<kCodes, kHeadDim, kRows>.warps * 
     wait_for_producers();  // a launch that has ended is to say that those before it have
     return;
   }
-  Walk walk{a, part * plan.share, min((part + 1) * plan.share, plan.total), {}};
-  walk.enter(start.request, start.head, start.start, start.length);
+  Walk<Line::kWholeRequests> walk{
+      a, static_cast<int>(a.p.batch), part * plan.share, min((part + 1) * plan.share, plan.total), {}};
+  walk.enter(start.item, start.head, start.start, start.what);
   CodesCopies<kCodes, kHeadDim> copies{walk, warp, lane, evict_first_policy(), 0, 0};
   int missing = a.stages;  // stages to copy before the next product: at first all, then one
   uint32_t stage = ring;   // to copy to; once it is copied to, the one behind it is the oldest
@@ -207,7 +212,8 @@ __global__ void __launch_bounds__((kCodesShape<kCodes, kHeadDim, kRows>.warps * 
       if (share.start >= walk.begin) {
         with_half_type(a.p.dtype, [&](auto tag) {
           using T = typename decltype(tag)::type;
-          store_nothing(Results<T, kHeadDim>{a, share, places, part, part, part}, thread, kWarps * kWarp);
+          store_nothing(CodesResults<T, kHeadDim>{a, share, places, part, part, part}, thread,
+                        kWarps * kWarp);
         });
       }
       continue;
@@ -257,7 +263,7 @@ __global__ void __launch_bounds__((kCodesShape<kCodes, kHeadDim, kRows>.warps * 
     const auto with_results = [&](auto&& function) {
       with_half_type(a.p.dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        function(Results<T, kHeadDim>{a, share, places, first_part, last_part, part});
+        function(CodesResults<T, kHeadDim>{a, share, places, first_part, last_part, part});
       });
     };
     if constexpr (kSharesTiles) {

@@ -16,7 +16,7 @@ struct CodesCopies {
   using Layout = CodesLayout<kCodes, kHeadDim>;
   static constexpr int kSteps = kWarp / kSliceQuarters;  // whose blocks one load fetches
 
-  Walk walk;
+  Walk<Line::kWholeRequests> walk;
   int warp, lane;
   uint64_t policy;
   int step;   // of the share, that are copied
@@ -47,7 +47,7 @@ struct CodesCopies {
     seek();
     const int quarter = walk.share.begin + step * kStepQuarters + warp * kSliceQuarters;
     return walk.is_done() || quarter >= walk.share.end ||
-           quarter * kQuarterTokens + kSliceTokens <= settled_end(walk.a, walk.share);
+           quarter * kQuarterTokens + kSliceTokens <= walk.settled_end();
   }
 
   // Copies the next slice to `target`: keys, values, scales.

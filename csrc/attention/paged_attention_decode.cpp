@@ -5,6 +5,7 @@
 
 #include "attention/codes.h"
 #include "attention/plan.h"
+#include "attention/prefixes.h"
 #include "attention/split.h"
 #include "attention/tiles.h"
 #include "runtime/checks.h"
@@ -37,6 +38,9 @@ std::string to_string(const PagedAttentionDecodeConfig& c) {
       .add("blocks_per_sm", c.blocks_per_sm)
       .add("parts", c.parts)
       .add("min_part_units", c.min_part_units)
+      .add("prefix_parts", c.prefix_parts)
+      .add("min_prefix_tiles", c.min_prefix_tiles)
+      .add("min_saved_tiles", c.min_saved_tiles)
       .add("overlaps_producer", c.overlaps_producer)
       .str();
 }
@@ -55,8 +59,10 @@ namespace {
 
 constexpr int64_t kMaxQLen = 8;
 constexpr int kMinStages = 2, kMaxStages = 4;
-constexpr int kMaxParts = 8192;            // of the planned kernel
-constexpr int kReservedBytes = 1024;       // of shared memory, by the driver for every block
+constexpr int kMaxParts = 8192;         // of the planned kernel
+constexpr int kMinPrefixTiles = 4;      // 256 tokens: what two requests save by them is hardly a microsecond
+constexpr int kMinSavedTilesAPart = 2;  // about the time of one more launch
+constexpr int kReservedBytes = 1024;    // of shared memory, by the driver for every block
 constexpr int64_t kSplitBlocksPerSm = 4;   // what registers let run at once, about
 constexpr int64_t kMinSplitTokens = 64;    // shorter parts cost more to combine than they save
 constexpr int64_t kMaxSplitTokens = 4096;  // longer ones let one request outlast a batch of short ones
@@ -127,6 +133,13 @@ bool has_planned_sizes(const PagedAttentionDecodeParams& p) {
          p.batch <= kMaxPlannedBatch && p.batch * p.num_kv_heads <= kMaxCounters;
 }
 
+// Whether two requests or more fit into an item of the line of prefixes, and all see the same positions of
+// it.
+bool has_prefix_sizes(const PagedAttentionDecodeParams& p) {
+  return has_planned_sizes(p) && !is_codes(p.kv_dtype) && p.window < 0 && 2 * query_rows(p) <= kPrefixRows &&
+         p.batch <= kMaxSharingBatch;
+}
+
 // Of a block of the planned kernel.
 int shared_bytes(const PagedAttentionDecodeParams& p, int stages) {
   const int head_dim = static_cast<int>(p.head_dim);
@@ -148,13 +161,22 @@ Checks check_config(const PagedAttentionDecodeParams& p, const PagedAttentionDec
   checks.at_least("config.parts", c.parts, 1).at_most("config.parts", c.parts, kMaxParts);
   checks.at_least("config.min_part_units", c.min_part_units, 1);
   checks.at_most("config.min_part_units", c.min_part_units, kMaxUnits);
+  checks.at_least("config.prefix_parts", c.prefix_parts, 0);
+  checks.at_most("config.prefix_parts", c.prefix_parts, has_prefix_sizes(p) ? kMaxParts : 0);
+  checks.at_least("config.min_prefix_tiles", c.min_prefix_tiles, 1);
+  checks.at_most("config.min_prefix_tiles", c.min_prefix_tiles, kMaxTokens / kTileTokens);
+  checks.at_least("config.min_saved_tiles", c.min_saved_tiles, 0);
   return checks;
 }
 
 Checks check_plan(const PagedAttentionDecodeParams& p, const PagedAttentionDecodeConfig& config) {
   Checks checks;
   checks.at_least("plan_bytes", p.plan_bytes, paged_attention_plan_bytes(p, config));
-  return checks.not_null("plan", p.plan).aligned("plan", p.plan, 16);
+  checks.not_null("plan", p.plan).aligned("plan", p.plan, 16);
+  if (p.prefixes == nullptr) return checks;
+  checks.require(config.prefix_parts > 0, "prefixes", "given", "none for sizes that share none");
+  checks.at_least("prefixes_bytes", p.prefixes_bytes, paged_attention_prefixes_bytes(p, config));
+  return checks.aligned("prefixes", p.prefixes, 16);
 }
 
 Checks check_scratch(const PagedAttentionDecodeParams& p, int64_t needed) {
@@ -248,6 +270,11 @@ PagedAttentionDecodeConfig choose(const PagedAttentionDecodeParams& p, const Dev
   while (c.stages > kMinStages && blocks_with(c.stages) < c.blocks_per_sm) --c.stages;
   c.parts = std::min(c.blocks_per_sm * props.sm_count, kMaxParts);
   c.overlaps_producer = props.compute_major >= 9;
+  c.min_prefix_tiles = kMinPrefixTiles;
+  if (has_prefix_sizes(p)) {
+    c.prefix_parts = c.parts;  // the same rings, four warps, too
+    c.min_saved_tiles = kMinSavedTilesAPart * c.prefix_parts;
+  }
   return c;
 }
 
@@ -278,15 +305,24 @@ int64_t paged_attention_plan_bytes(const PagedAttentionDecodeParams& p, const De
   return is_planned(p, props) ? paged_attention_plan_bytes(p, choose(p, props)) : 0;
 }
 
-int64_t paged_attention_decode_scratch_bytes(const PagedAttentionDecodeParams& p,
-                                             const PagedAttentionDecodeConfig& config) {
-  const int64_t slots = int64_t{2} * config.parts;
-  return (partial_lse_floats(p, config) + slots * query_rows(p) * p.head_dim) *
-         static_cast<int64_t>(sizeof(float));
+int64_t paged_attention_prefixes_bytes(const PagedAttentionDecodeParams& p,
+                                       const PagedAttentionDecodeConfig& config) {
+  return has_prefix_sizes(p) && config.prefix_parts > 0 ? prefixes_bytes(p, config) : 0;
 }
 
-int64_t paged_attention_decode_scratch_bytes(const PagedAttentionDecodeParams& p, const DeviceProps& props) {
-  if (is_planned(p, props)) return paged_attention_decode_scratch_bytes(p, choose(p, props));
+int64_t paged_attention_prefixes_bytes(const PagedAttentionDecodeParams& p, const DeviceProps& props) {
+  return is_planned(p, props) ? paged_attention_prefixes_bytes(p, choose(p, props)) : 0;
+}
+
+int64_t paged_attention_decode_scratch_bytes(const PagedAttentionDecodeParams& p,
+                                             const PagedAttentionDecodeConfig& config, bool shares_prefixes) {
+  const int64_t floats = partial_floats(p, config) + (shares_prefixes ? prefix_scratch_floats(p, config) : 0);
+  return floats * static_cast<int64_t>(sizeof(float));
+}
+
+int64_t paged_attention_decode_scratch_bytes(const PagedAttentionDecodeParams& p, const DeviceProps& props,
+                                             bool shares_prefixes) {
+  if (is_planned(p, props)) return paged_attention_decode_scratch_bytes(p, choose(p, props), shares_prefixes);
   return split_scratch_bytes(p, choose_split(p, props));
 }
 
@@ -309,6 +345,7 @@ Status plan_paged_attention(const PagedAttentionDecodeParams& p, const PagedAtte
   checks.not_null("seq_lens", p.seq_lens);
   if (checks.ok()) checks = check_config(p, config);
   if (checks.ok()) checks = check_plan(p, config);
+  if (p.prefixes != nullptr && p.max_blocks > 0) checks.not_null("block_table", p.block_table);
   if (!checks.ok()) return checks.status("plan_paged_attention", p);
   return run_on_device("plan_paged_attention", p, [&] { return launch_plan_paged_attention(p, config); });
 }
@@ -331,7 +368,9 @@ Status paged_attention_decode(const PagedAttentionDecodeParams& p, const PagedAt
   if (checks.ok()) checks = check_config(p, config);
   if (checks.ok()) checks = check_plan(p, config);
   checks.aligned("q", p.q, 4).multiple_of("q_stride", p.q_stride, 2).aligned("out", p.out, 8);
-  if (checks.ok()) checks = check_scratch(p, paged_attention_decode_scratch_bytes(p, config));
+  if (checks.ok()) {
+    checks = check_scratch(p, paged_attention_decode_scratch_bytes(p, config, p.prefixes != nullptr));
+  }
   if (!checks.ok()) return checks.status("paged_attention_decode", p);
   return run_on_device("paged_attention_decode", p, [&] {
     if (is_codes(p.kv_dtype)) return launch_codes_of(p, config);

@@ -1,8 +1,9 @@
 // The plan of the planned attention kernel: how a batch's work is cut into parts of equal size.
 //
-// The work of one request under one key head is one unit for its own sake (queries to load, a result to
-// store) and one for every tile of 64 positions that it attends to. All units stand in one line, by key head,
-// then request; the parts are equal pieces of it, a block of the grid each:
+// The work is a line of items under every key head. An item is a request; in the line of shared prefixes
+// (prefixes.h) it is a prefix and the requests that share it. It is one unit for its own sake (queries to
+// load, a result to store) and one for every tile of 64 positions that it attends to. All units stand in one
+// line, by key head, then item; the parts are equal pieces of it, a block of the grid each:
 //
 //   units    | head 0                                | head 1                                | ..
 //            | request 0   | request 1          | .. | request 0   | ..
@@ -12,8 +13,8 @@
 // The plan lies in one piece of device memory, in 32-bit words:
 //
 //   header    4          see PlanHeader
-//   parts     4 * parts  see PartStart
-//   lengths   batch      of the requests, below zero made zero
+//   parts     8 * parts  see PartStart
+//   items     4 * batch  see PlanItem
 //   counters  batch * num_kv_heads, zero between launches: parts of a request that have left their result
 #pragma once
 
@@ -26,7 +27,7 @@
 namespace qsun {
 
 constexpr int kTileTokens = 64;
-constexpr int kMaxPlannedBatch = 32768;  // starts of the requests lie in the planning block's shared memory
+constexpr int kMaxPlannedBatch = 32768;  // starts of the items lie in the planning block's shared memory
 constexpr int64_t kMaxTokens = 1 << 30;  // positions count in 32 bits on the device
 constexpr int64_t kMaxUnits = 1 << 30;   // and so do units
 
@@ -34,24 +35,34 @@ constexpr int64_t kMaxUnits = 1 << 30;   // and so do units
 struct alignas(16) PlanHeader {
   int total;  // units
   int share;
-  int used;  // parts that have any
-  int unused;
+  int used;   // parts that have any
+  int items;  // under a head
 };
 
-// Where part p begins: in the units of `request` under `head`, whose first unit is `start`; and the length of
-// that request, which the part then need not wait for. Undefined for parts from `used` on.
-struct alignas(16) PartStart {
+// Positions [first, length) of a request, as its row of the block table places them. members: in the line of
+// prefixes the requests that share it, first * 256 + count in their order (PrefixPointers::order); else 0.
+struct alignas(16) PlanItem {
+  int first;
+  int length;
   int request;
+  int members;
+};
+
+// Where part p begins: in the units of `item` under `head`, whose first unit is `start`; and the item itself,
+// which the part then need not wait for. Undefined for parts from `used` on.
+struct alignas(16) PartStart {
+  int item;
   int head;
   int start;
-  int length;
+  int unused;
+  PlanItem what;
 };
 
-// The plan's pieces in memory.
+// A plan's pieces in memory.
 struct PlanPointers {
   PlanHeader* header;
   PartStart* parts;
-  int32_t* lengths;
+  PlanItem* items;
   int32_t* counters;  // (num_kv_heads, batch)
 };
 
@@ -60,14 +71,15 @@ inline PlanPointers plan_pointers(const PagedAttentionDecodeParams& p,
   PlanPointers plan;
   plan.header = static_cast<PlanHeader*>(p.plan);
   plan.parts = reinterpret_cast<PartStart*>(plan.header + 1);
-  plan.lengths = reinterpret_cast<int32_t*>(plan.parts + config.parts);
-  plan.counters = plan.lengths + p.batch;
+  plan.items = reinterpret_cast<PlanItem*>(plan.parts + config.parts);
+  plan.counters = reinterpret_cast<int32_t*>(plan.items + p.batch);
   return plan;
 }
 
 inline int64_t plan_bytes(const PagedAttentionDecodeParams& p, const PagedAttentionDecodeConfig& config) {
   return static_cast<int64_t>(sizeof(PlanHeader) + sizeof(PartStart) * config.parts) +
-         (p.batch + p.batch * p.num_kv_heads) * static_cast<int64_t>(sizeof(int32_t));
+         p.batch * static_cast<int64_t>(sizeof(PlanItem)) +
+         p.batch * p.num_kv_heads * static_cast<int64_t>(sizeof(int32_t));
 }
 
 // Dynamic shared memory of the planning block.

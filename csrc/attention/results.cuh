@@ -25,8 +25,21 @@ __device__ __forceinline__ RowTotal total_of(float maximum, float sum, float sin
   return {sum == 0.0f ? 0.0f : own / sum, is_empty ? -INFINITY : higher + log2f(sum)};
 }
 
-// Results of one request under one key head. In one part they are final; else the part's rows go to scratch.
-template <typename T, int kHeadDim>
+// The first row of a request, by its place in the order, that a part of the line of prefixes leaves in
+// scratch (prefix_scratch_rows).
+__device__ __forceinline__ int64_t prefix_row(const TilesArguments& a, int part, int head, int member) {
+  return static_cast<int64_t>(part) * kPrefixRows + (head * a.p.batch + member) * a.rows;
+}
+
+// Where the launch for prefixes left a request's prefix: so many parts, rows kPrefixRows apart.
+struct PrefixParts {
+  int64_t row;  // the first row of the first part
+  int count;
+};
+
+// Results of one request under one key head. In one part and without a shared prefix they are final; else the
+// part's rows go to scratch. kMayShare: whether there are shared prefixes at all.
+template <typename T, int kHeadDim, bool kMayShare = true>
 struct Results {
   const TilesArguments& a;
   const Share& share;
@@ -34,7 +47,20 @@ struct Results {
   int first_part, last_part;  // of those with tiles of the request
   int part;
 
-  __device__ __forceinline__ bool is_whole() const { return first_part == last_part; }
+  // A request begins after position 0 within a window, or behind a shared prefix: never both.
+  __device__ __forceinline__ bool has_prefix() const {
+    return kMayShare && a.prefixes.of_request != nullptr && share.first > 0;
+  }
+  __device__ __forceinline__ bool is_whole() const { return first_part == last_part && !has_prefix(); }
+
+  __device__ __forceinline__ PrefixParts prefix_parts() const {
+    if (!has_prefix()) return {0, 0};
+    const PlanHeader line = *a.prefixes.line.header;
+    const RequestPrefix prefix = a.prefixes.of_request[share.request];
+    const int start = share.head * (line.total / static_cast<int>(a.p.num_kv_heads)) + prefix.start;
+    const int first = (start + 1) / line.share, last = (start + prefix.tokens / kTileTokens) / line.share;
+    return {prefix_row(a, first, share.head, prefix.member), last - first + 1};
+  }
 
   // Row of (batch * q_len, num_q_heads).
   __device__ __forceinline__ int64_t row_of(RowPlace place) const {
@@ -69,17 +95,25 @@ struct Results {
     return a.partial.out + slot_row(part, row) * kHeadDim;
   }
 
-  // Puts the parts' rows together, in the order of the parts. A warp a row; all lanes take part.
+  // Puts the parts' rows together, those of the prefix in front, in the order of the parts. A warp a row; all
+  // lanes take part.
   __device__ __forceinline__ void merge(int warp, int warps, int lane) const {
     constexpr int kElements = kHeadDim / kWarp;  // of a lane
-    const int parts = last_part - first_part + 1;
+    const PrefixParts prefix = prefix_parts();
+    const int parts = prefix.count + last_part - first_part + 1;
 #pragma unroll 1
     for (int row = warp; row < a.rows; row += warps) {
+      const auto is_prefix = [&](int i) { return i < prefix.count; };
+      const auto row_at = [&](int i) {
+        return is_prefix(i) ? prefix.row + static_cast<int64_t>(i) * kPrefixRows + row
+                            : slot_row(first_part + i - prefix.count, row);
+      };
+      const auto lse_at = [&](int i) {
+        return load_past_l1((is_prefix(i) ? a.prefix_rows.lse : a.partial.lse) + row_at(i));
+      };
       float maximum = -INFINITY;
 #pragma unroll 1
-      for (int i = lane; i < parts; i += kWarp) {
-        maximum = fmaxf(maximum, load_past_l1(a.partial.lse + slot_row(first_part + i, row)));
-      }
+      for (int i = lane; i < parts; i += kWarp) maximum = fmaxf(maximum, lse_at(i));
 #pragma unroll
       for (int distance = kWarp / 2; distance > 0; distance /= 2) {
         maximum = fmaxf(maximum, __shfl_xor_sync(kAllLanes, maximum, distance));
@@ -90,15 +124,14 @@ struct Results {
 #pragma unroll 1
       for (int base = 0; base < parts; base += kWarp) {
         float weight = 0.0f;
-        if (base + lane < parts) {
-          weight = exp2f(load_past_l1(a.partial.lse + slot_row(first_part + base + lane, row)) - reference);
-        }
+        if (base + lane < parts) weight = exp2f(lse_at(base + lane) - reference);
         sum += weight;
         const int count = min(parts - base, kWarp);
 #pragma unroll 4
         for (int i = 0; i < count; ++i) {
           const float of_part = __shfl_sync(kAllLanes, weight, i);
-          const float* source = a.partial.out + slot_row(first_part + base + i, row) * kHeadDim + lane;
+          const float* out_rows = is_prefix(base + i) ? a.prefix_rows.out : a.partial.out;
+          const float* source = out_rows + row_at(base + i) * kHeadDim + lane;
 #pragma unroll
           for (int e = 0; e < kElements; ++e) values[e] += of_part * load_past_l1(source + e * kWarp);
         }
@@ -113,9 +146,30 @@ struct Results {
   }
 };
 
-// Nothing to attend to: zeros, and the sink's lse.
+// What a part has of a prefix: rows of their own in scratch, which the launch behind this one merges.
 template <typename T, int kHeadDim>
-__device__ __forceinline__ void store_nothing(const Results<T, kHeadDim>& results, int thread, int threads) {
+__device__ __forceinline__ void store_prefix_rows(const TilesArguments& a, const Share& share, int part,
+                                                  const QueryRows<kHeadDim>& rows, int first_row, int lane) {
+  const int64_t target = prefix_row(a, part, share.head, share.members >> 8);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = first_row + half * 8 + lane / 4;
+    if (row >= rows_of<true>(a, share)) continue;
+    const RowTotal total = total_of(rows.maximum[half], rows.sum[half], -INFINITY);
+    if (lane % 4 == 0) a.prefix_rows.lse[target + row] = total.lse;
+    float* out = a.prefix_rows.out + (target + row) * kHeadDim + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 8; ++i) {
+      *reinterpret_cast<float2*>(out + i * 8) =
+          make_float2(rows.out[i][half * 2] * total.factor, rows.out[i][half * 2 + 1] * total.factor);
+    }
+  }
+}
+
+// Nothing to attend to: zeros, and the sink's lse.
+template <typename T, int kHeadDim, bool kMayShare>
+__device__ __forceinline__ void store_nothing(const Results<T, kHeadDim, kMayShare>& results, int thread,
+                                              int threads) {
   for (int i = thread; i < results.a.rows * kHeadDim; i += threads) {
     const int row = i / kHeadDim, element = i % kHeadDim;
     results.target(row)[element] = from_float<T>(0.0f);

@@ -1,4 +1,4 @@
-// 16 query rows of a warp, and what they make of 16 positions.
+// 16 query rows of a warp, and what they make of 16 positions, or of several times as many.
 #pragma once
 
 #include "attention/walk.cuh"
@@ -10,23 +10,37 @@
 namespace qsun {
 namespace {
 
-// What a query row is: a token of the request, and a head of the group.
+// What a query row is: a token of the request, and a head of the group; of a prefix, a token of one of the
+// requests that share it.
 struct RowPlace {
+  int member;
   int token;
   int head;
 };
 
 // Rows' places lie in shared memory, a word each: to find one there is to avoid a division.
+template <bool kIsPrefixes>
 __device__ __forceinline__ void store_row_places(const TilesArguments& a, uint32_t places, int thread,
                                                  int threads) {
-  for (int row = thread; row < a.rows; row += threads) {
-    const int token = row / a.group;
-    store_shared_u32(places + row * 4, static_cast<uint32_t>(token << 16 | (row - token * a.group)));
+  for (int row = thread; row < (kIsPrefixes ? kPrefixRows : a.rows); row += threads) {
+    const int member = kIsPrefixes ? row / a.rows : 0, of_member = row - member * a.rows;
+    const int token = of_member / a.group;
+    store_shared_u32(places + row * 4,
+                     static_cast<uint32_t>(member << 24 | token << 16 | (of_member - token * a.group)));
   }
 }
+template <bool kIsPrefixes = false>
 __device__ __forceinline__ RowPlace load_row_place(uint32_t places, int row) {
   const uint32_t word = load_shared_u32(places + row * 4);
-  return {static_cast<int>(word >> 16), static_cast<int>(word & 0xffffu)};
+  const int token = static_cast<int>(word >> 16), head = static_cast<int>(word & 0xffffu);
+  if constexpr (kIsPrefixes) return {token >> 8, token & 0xff, head};
+  return {0, token, head};
+}
+
+// Query rows of a share.
+template <bool kIsPrefixes>
+__device__ __forceinline__ int rows_of(const TilesArguments& a, const Share& share) {
+  return kIsPrefixes ? (share.members & 0xff) * a.rows : a.rows;
 }
 
 // Operand A, and the running softmax of rows g and g + 8 (lane = 4 g + t): maximum to the base 2, this lane's
@@ -41,16 +55,19 @@ struct QueryRows {
 };
 
 // Rows past the last repeat it, or are zero where all of g + 8 are: nobody stores them.
-template <typename T, int kHeadDim>
+template <typename T, bool kIsPrefixes, int kHeadDim>
 __device__ __forceinline__ void begin_rows(QueryRows<kHeadDim>& rows, const TilesArguments& a,
                                            const Share& share, uint32_t places, int first_row, int lane) {
+  const int num_rows = rows_of<kIsPrefixes>(a, share);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const RowPlace place = load_row_place(places, min(first_row + half * 8 + lane / 4, a.rows - 1));
-    const T* source = static_cast<const T*>(a.p.q) +
-                      (share.request * a.p.q_len + place.token) * a.p.q_stride +
+    const RowPlace place =
+        load_row_place<kIsPrefixes>(places, min(first_row + half * 8 + lane / 4, num_rows - 1));
+    int request = share.request;
+    if constexpr (kIsPrefixes) request = a.prefixes.order[(share.members >> 8) + place.member];
+    const T* source = static_cast<const T*>(a.p.q) + (request * a.p.q_len + place.token) * a.p.q_stride +
                       (share.head * a.group + place.head) * kHeadDim + lane % 4 * 2;
-    const bool is_read = half == 0 || first_row + 8 < a.rows;
+    const bool is_read = half == 0 || first_row + 8 < num_rows;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; ++i) {
       rows.q[i][half] = is_read ? *reinterpret_cast<const uint32_t*>(source + i * 16) : 0u;
@@ -79,36 +96,42 @@ __device__ __forceinline__ float tanh_of(float x) {
   return 1.0f - __fdividef(2.0f, 1.0f + exp2f(x * (2.0f * kLog2E)));
 }
 
-// Attends to the 16 positions from `token` on. keys, values: this lane's addresses for the loads of operands.
-template <typename T, int kHeadDim>
+// Attends to the positions from `token` on, those of kSpan quarters. keys, values: this lane's addresses for
+// the loads of the first quarter's operands.
+template <typename T, int kSpan, int kHeadDim>
 __device__ __forceinline__ void attend(QueryRows<kHeadDim>& rows, const TilesArguments& a, uint32_t keys,
                                        uint32_t values, int token, bool masked, int lane) {
+  constexpr int kColumns = 2 * kSpan;  // tiles of 8 positions
+
   // Products
-  float scores[2][4] = {};
+  float scores[kColumns][4] = {};
 #pragma unroll
   for (int i = 0; i < kHeadDim / 16; ++i) {
-    uint32_t b[4];
-    load_matrices(b, keys + i * 32);
-    mma_m16n8k16<T>(scores[0], rows.q[i], b[0], b[1]);
-    mma_m16n8k16<T>(scores[1], rows.q[i], b[2], b[3]);
+#pragma unroll
+    for (int s = 0; s < kSpan; ++s) {
+      uint32_t b[4];
+      load_matrices(b, keys + s * kQuarterBytes<kHeadDim> + i * 32);
+      mma_m16n8k16<T>(scores[2 * s], rows.q[i], b[0], b[1]);
+      mma_m16n8k16<T>(scores[2 * s + 1], rows.q[i], b[2], b[3]);
+    }
   }
 
   // Scores
 #pragma unroll
-  for (int n = 0; n < 2; ++n) {
+  for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
     for (int c = 0; c < 4; ++c) scores[n][c] *= a.score_scale;
   }
   if (a.softcap != 0.0f) {
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
+    for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) scores[n][c] = a.softcap * tanh_of(scores[n][c]);
     }
   }
   if (masked) {
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
+    for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         const int position = token + n * 8 + lane % 4 * 2 + c % 2;
@@ -123,7 +146,9 @@ __device__ __forceinline__ void attend(QueryRows<kHeadDim>& rows, const TilesArg
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int c = half * 2;
-    float maximum = fmaxf(fmaxf(scores[0][c], scores[0][c + 1]), fmaxf(scores[1][c], scores[1][c + 1]));
+    float maximum = fmaxf(scores[0][c], scores[0][c + 1]);
+#pragma unroll
+    for (int n = 1; n < kColumns; ++n) maximum = fmaxf(maximum, fmaxf(scores[n][c], scores[n][c + 1]));
     maximum = fmaxf(maximum, __shfl_xor_sync(kAllLanes, maximum, 1));
     maximum = fmaxf(maximum, __shfl_xor_sync(kAllLanes, maximum, 2));
     maximum = fmaxf(maximum, rows.maximum[half]);
@@ -132,7 +157,7 @@ __device__ __forceinline__ void attend(QueryRows<kHeadDim>& rows, const TilesArg
     rows.maximum[half] = maximum;
     rows.sum[half] *= decay[half];
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
+    for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
       for (int i = c; i < c + 2; ++i) {
         scores[n][i] = exp2f(scores[n][i] - reference);
@@ -147,15 +172,19 @@ __device__ __forceinline__ void attend(QueryRows<kHeadDim>& rows, const TilesArg
 #pragma unroll
     for (int c = 0; c < 4; ++c) rows.out[i][c] *= decay[c / 2];
   }
-  const uint32_t weights[4] = {
-      round_pair<T>(scores[0][0], scores[0][1]), round_pair<T>(scores[0][2], scores[0][3]),
-      round_pair<T>(scores[1][0], scores[1][1]), round_pair<T>(scores[1][2], scores[1][3])};
 #pragma unroll
-  for (int i = 0; i < kHeadDim / 16; ++i) {
-    uint32_t b[4];
-    load_matrices_transposed(b, values + i * 32);
-    mma_m16n8k16<T>(rows.out[2 * i], weights, b[0], b[1]);
-    mma_m16n8k16<T>(rows.out[2 * i + 1], weights, b[2], b[3]);
+  for (int s = 0; s < kSpan; ++s) {
+    const auto& low = scores[2 * s];
+    const auto& high = scores[2 * s + 1];
+    const uint32_t weights[4] = {round_pair<T>(low[0], low[1]), round_pair<T>(low[2], low[3]),
+                                 round_pair<T>(high[0], high[1]), round_pair<T>(high[2], high[3])};
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 16; ++i) {
+      uint32_t b[4];
+      load_matrices_transposed(b, values + s * kQuarterBytes<kHeadDim> + i * 32);
+      mma_m16n8k16<T>(rows.out[2 * i], weights, b[0], b[1]);
+      mma_m16n8k16<T>(rows.out[2 * i + 1], weights, b[2], b[3]);
+    }
   }
 }
 

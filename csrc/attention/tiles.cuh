@@ -124,7 +124,9 @@ __device__ __forceinline__ void store_merged(const Results<T, kHeadDim>& results
   }
 }
 
-template <typename T, int kHeadDim, int kWarps, bool kSharesTiles>
+// kIsPrefixes: goes along the line of prefixes (prefixes.h), whose rows are those of several requests, and
+// leaves all results in scratch.
+template <typename T, int kHeadDim, int kWarps, bool kSharesTiles, bool kIsPrefixes>
 __global__ void __launch_bounds__(kWarps* kWarp, 1)
     paged_attention_tiles_kernel(const __grid_constant__ TilesArguments a) {
   constexpr int kRow = kRowBytes<kHeadDim>;
@@ -132,6 +134,10 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
   constexpr int kStage = kQuarters * kQuarter;
   static_assert(kTileRows * kOutRowBytes<kHeadDim> <= kQuarter);
   static_assert(kSharesTiles || kWarps == kQuarters);
+  static_assert(!kIsPrefixes || (kSharesTiles && kWarps * kTileRows == kPrefixRows));
+  // Quarters at once. A prefix has whole tiles alone, and many rows for each: what a step costs besides its
+  // products counts. With wider heads the scores of a whole tile do not fit into the registers.
+  constexpr int kSpan = kIsPrefixes && kHeadDim <= 128 ? kQuarters : 1;
   launch_dependents();
 
   // Roles
@@ -139,7 +145,6 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
   const int warp = thread / kWarp, lane = thread % kWarp;
   const bool is_copying = kWarps == kQuarters || warp < kQuarters;
   const int first_row = kSharesTiles ? warp * kTileRows : 0;
-  const bool has_rows = first_row < a.rows;
   const uint32_t statistics = shared_address(dynamic_shared());
   const uint32_t places = statistics + kStatisticsBytes;
   const uint32_t is_last_place = places + kRowPlacesBytes;
@@ -148,7 +153,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
   // This lane's addresses in a quarter, for the loads of operands
   const uint32_t key_row = (lane / 16 * 8 + lane % 8) * kRow + lane / 8 % 2 * 16;
   const uint32_t value_row = (kQuarterTokens + lane / 8 % 2 * 8 + lane % 8) * kRow + lane / 16 * 16;
-  store_row_places(a, places, thread, kWarps * kWarp);
+  store_row_places<kIsPrefixes>(a, places, thread, kWarps * kWarp);
   const bool starts_early = kLaunchesOverlap && a.p.follows_write;
   if (!starts_early) wait_for_producers();
 
@@ -160,9 +165,11 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
     wait_for_producers();  // a launch that has ended is to say that those before it have
     return;
   }
-  Walk walk{a, part * plan.share, min((part + 1) * plan.share, plan.total), {}};
-  walk.enter(start.request, start.head, start.start, start.length);
-  Copies<T, kHeadDim> copies{walk, warp, lane, evict_first_policy(), 0, 0};
+  const int items = kIsPrefixes ? plan.items : static_cast<int>(a.p.batch);
+  constexpr Line kLine = kIsPrefixes ? Line::kPrefixes : Line::kRequests;
+  Walk<kLine> walk{a, items, part * plan.share, min((part + 1) * plan.share, plan.total), {}};
+  walk.enter(start.item, start.head, start.start, start.what);
+  Copies<T, kHeadDim, kLine> copies{walk, warp, lane, evict_first_policy(), 0, 0};
   int missing = a.stages;  // stages to copy before the next product: at first all, then one
   uint32_t stage = ring;   // to copy to; once it is copied to, the one behind it is the oldest
   const auto copy_step = [&] {
@@ -183,7 +190,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
   for (; !walk.is_done(); walk.advance()) {
     const Share& share = walk.share;
     Results<T, kHeadDim> results{a, share, places, part, part, part};
-    if (share.tiles == 0) {
+    if (!kIsPrefixes && share.tiles == 0) {
       // The part with the request's own unit says so.
       if (share.start >= walk.begin) store_nothing(results, thread, kWarps * kWarp);
       continue;
@@ -192,10 +199,12 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
 
     // Multiply
     QueryRows<kHeadDim> rows;
-    begin_rows<T>(rows, a, share, places, first_row, lane);
+    begin_rows<T, kIsPrefixes>(rows, a, share, places, first_row, lane);
+    const bool has_rows = first_row < rows_of<kIsPrefixes>(a, share);
     const auto attend_to = [&](int quarter, uint32_t at) {
       const int token = quarter * kQuarterTokens;
-      attend<T>(rows, a, at + key_row, at + value_row, token, is_masked(a, share, token), lane);
+      const bool masked = !kIsPrefixes && is_masked(a, share, token);  // all rows see all of a prefix
+      attend<T, kSpan>(rows, a, at + key_row, at + value_row, token, masked, lane);
     };
 #pragma unroll 1
     for (int quarter = share.begin; quarter < share.end; quarter += kQuarters) {
@@ -217,7 +226,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
       if constexpr (kSharesTiles) {
         if (has_rows) {
 #pragma unroll 1
-          for (int i = 0; i < min(kQuarters, share.end - quarter); ++i) {
+          for (int i = 0; i < min(kQuarters, share.end - quarter); i += kSpan) {
             attend_to(quarter + i, stage + i * kQuarter);
           }
         }
@@ -228,6 +237,10 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
     end_rows(rows);
 
     // Store
+    if constexpr (kIsPrefixes) {
+      store_prefix_rows<T>(a, share, part, rows, first_row, lane);
+      continue;
+    }
     const int first_unit = share.start + 1, last_unit = share.start + share.tiles;
     if (first_unit < walk.begin || last_unit >= walk.end) {
       results.first_part = first_unit / plan.share;
@@ -250,30 +263,40 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
     __syncthreads();
     int32_t* counter = a.plan.counters + share.head * a.p.batch + share.request;
     const int others = results.last_part - results.first_part;
-    if (thread == 0) store_shared_u32(is_last_place, atomicAdd(counter, 1) == others ? 1 : 0);
+    if (thread == 0) {
+      const bool is_last = others == 0 || atomicAdd(counter, 1) == others;
+      store_shared_u32(is_last_place, is_last ? 1 : 0);
+    }
     __syncthreads();
     if (load_shared_u32(is_last_place) != 0) {
       __threadfence();
       results.merge(warp, kWarps, lane);
-      if (thread == 0) *counter = 0;
+      if (thread == 0 && others > 0) *counter = 0;
     }
   }
   wait_async_copies<0>();
 }
 
-template <typename T, int kHeadDim, int kWarps, bool kSharesTiles>
+template <typename T, int kHeadDim, int kWarps, bool kSharesTiles, bool kIsPrefixes = false>
 cudaError_t launch_instance(const PagedAttentionDecodeParams& p, const PagedAttentionDecodeConfig& config,
                             const TilesArguments& a) {
   LaunchOptions options;
   options.shared_bytes = tiles_shared_bytes(kHeadDim, config.stages);
   options.overlaps_producer = config.overlaps_producer;
-  return launch_with(options, paged_attention_tiles_kernel<T, kHeadDim, kWarps, kSharesTiles>,
-                     dim3(config.parts), dim3(kWarps * kWarp), p.device, p.stream, a);
+  return launch_with(options, paged_attention_tiles_kernel<T, kHeadDim, kWarps, kSharesTiles, kIsPrefixes>,
+                     dim3(kIsPrefixes ? config.prefix_parts : config.parts), dim3(kWarps * kWarp), p.device,
+                     p.stream, a);
 }
 
 template <typename T, int kHeadDim>
 cudaError_t launch_tiles(const PagedAttentionDecodeParams& p, const PagedAttentionDecodeConfig& config) {
   const TilesArguments a = tiles_arguments(p, config);
+  if (p.prefixes != nullptr) {
+    TilesArguments of_prefixes = a;
+    of_prefixes.plan = a.prefixes.line;
+    const cudaError_t error = launch_instance<T, kHeadDim, 4, true, true>(p, config, of_prefixes);
+    if (error != cudaSuccess) return error;
+  }
   if (config.warps == 8) return launch_instance<T, kHeadDim, 8, true>(p, config, a);
   if (a.rows > kTileRows) return launch_instance<T, kHeadDim, 4, true>(p, config, a);
   return launch_instance<T, kHeadDim, 4, false>(p, config, a);

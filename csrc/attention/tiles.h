@@ -49,6 +49,10 @@ inline PartialRows partial_rows(const PagedAttentionDecodeParams& p,
   return {scratch, scratch + partial_lse_floats(p, config)};
 }
 
+inline int64_t partial_floats(const PagedAttentionDecodeParams& p, const PagedAttentionDecodeConfig& config) {
+  return partial_lse_floats(p, config) + int64_t{2} * config.parts * query_rows(p) * p.head_dim;
+}
+
 // One instance a dtype (16 bits) and head_dim (64, 96, 128, 256), each compiled in its own file.
 template <typename T, int kHeadDim>
 cudaError_t launch_paged_attention_tiles(const PagedAttentionDecodeParams& params,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/plan.cuh"
+#include "attention/prefixes.h"
 #include "attention/tiles.h"
 #include "device/async_copy.cuh"
 #include "device/dependent_launch.cuh"
@@ -22,10 +23,12 @@ constexpr int kQuarterBytes = quarter_bytes(kHeadDim);
 
 struct TilesArguments {
   PagedAttentionDecodeParams p;
-  PlanPointers plan;
+  PlanPointers plan;  // of the line that this launch goes along
   PartialRows partial;
+  PrefixPointers prefixes;  // null where none are shared
+  PartialRows prefix_rows;
   int group;  // query heads a key head
-  int rows;   // group * q_len; row j * group + h is query token j of the group's head h
+  int rows;   // group * q_len, of a request; row j * group + h is query token j of the group's head h
   int reach;
   int window;  // of one query token
   int block_log2;
@@ -40,6 +43,8 @@ inline TilesArguments tiles_arguments(const PagedAttentionDecodeParams& p,
   a.p = p;
   a.plan = plan_pointers(p, config);
   a.partial = partial_rows(p, config);
+  a.prefixes = prefix_pointers(p, config);
+  a.prefix_rows = prefix_rows(p, config);
   a.group = static_cast<int>(p.num_q_heads / p.num_kv_heads);
   a.rows = query_rows(p);
   a.reach = reach(p);
@@ -51,53 +56,70 @@ inline TilesArguments tiles_arguments(const PagedAttentionDecodeParams& p,
   return a;
 }
 
-// A part's share of one request under one key head.
+// A part's share of one request, or of one prefix and the requests that share it, under one key head.
 struct Share {
-  int request;
+  int item;
+  int request;  // the item, or one of those that share the prefix
+  int members;  // see PlanItem
   int head;
-  int start;   // first unit of the request
-  int tiles;   // of the request
-  int length;  // positions of the request
+  int start;   // first unit of the item
+  int tiles;   // of the item
+  int length;  // positions of the item
   int first;   // first position attended to
   int begin;   // the share: quarters [begin, end), counted from position 0
   int end;
 };
 
-// Reads what may be read before wait_for_producers() (see settled_end): past the L1, whose lines may be old.
+// What a launch goes along: requests of which none begins behind a shared prefix, so that its first position
+// follows from its length and takes no register; requests of which some may; or the prefixes.
+enum class Line { kWholeRequests, kRequests, kPrefixes };
+
+// Reads what may be read before wait_for_producers() (see Walk::settled_end): past the L1, whose lines may be
+// old.
 template <typename Element>
 __device__ __forceinline__ Element load_settled(const Element* source) {
   if constexpr (!kLaunchesOverlap) {
     return *source;
-  } else if constexpr (sizeof(Element) == sizeof(int4)) {
-    const int4 words = load_past_l1(reinterpret_cast<const int4*>(source));
+  } else if constexpr (sizeof(Element) % sizeof(int4) == 0) {
+    constexpr int kWords = sizeof(Element) / sizeof(int4);
+    int4 words[kWords];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = load_past_l1(reinterpret_cast<const int4*>(source) + i);
     Element element;
-    memcpy(&element, &words, sizeof(element));
+    memcpy(&element, words, sizeof(element));
     return element;
   } else {
     return load_past_l1(source);
   }
 }
 
-// The positions before this one may be read before wait_for_producers(), as PagedAttentionDecodeParams says
-// of follows_write.
-__device__ __forceinline__ int settled_end(const TilesArguments& a, const Share& share) {
-  return share.length - static_cast<int>(a.p.q_len);
-}
-
 // Goes through the shares of a part.
+template <Line kLine>
 struct Walk {
+  static constexpr bool kIsPrefixes = kLine == Line::kPrefixes;
+
   const TilesArguments& a;
+  int items;       // under a head
   int begin, end;  // units of the part
   Share share;
 
   __device__ __forceinline__ bool is_done() const { return share.start >= end; }
 
-  __device__ __forceinline__ void enter(int request, int head, int start, int length) {
-    share.request = request, share.head = head, share.start = start, share.length = length;
+  // The positions before this one may be read before wait_for_producers(), as PagedAttentionDecodeParams says
+  // of follows_write. A prefix ends before the newest positions of all that share it.
+  __device__ __forceinline__ int settled_end() const {
+    return kIsPrefixes ? share.length : share.length - static_cast<int>(a.p.q_len);
+  }
+
+  __device__ __forceinline__ void enter(int item, int head, int start, const PlanItem& what) {
+    share.item = item, share.head = head, share.start = start;
+    share.request = kIsPrefixes ? what.request : item;
+    share.members = kIsPrefixes ? what.members : 0;
+    share.length = what.length;
+    share.first = kLine == Line::kWholeRequests ? max(share.length - a.reach, 0) : what.first;
     trap_unless(share.length <= a.p.max_blocks << a.block_log2);
-    share.first = first_token(share.length, a.reach);
-    share.tiles = tiles_of(share.length, a.reach);
-    // Units behind the request's own one are its tiles.
+    share.tiles = tiles_of(share.first, share.length);
+    // Units behind the item's own one are its tiles.
     const int first_tile = share.first / kTileTokens - (start + 1);
     share.begin = max((max(begin, start + 1) + first_tile) * kQuarters, share.first / kQuarterTokens);
     share.end = min((min(end, start + 1 + share.tiles) + first_tile) * kQuarters,
@@ -109,21 +131,21 @@ struct Walk {
   __device__ __forceinline__ void advance() {
     share.start += 1 + share.tiles;
     if (is_done()) return;
-    const int request = share.request + 1;
-    const bool wraps = request == a.p.batch;
-    const int next = wraps ? 0 : request;
-    const int32_t* length = a.plan.lengths + next;
-    enter(next, share.head + (wraps ? 1 : 0), share.start, kSettled ? load_settled(length) : *length);
+    const int item = share.item + 1;
+    const bool wraps = item == items;
+    const int next = wraps ? 0 : item;
+    const PlanItem* what = a.plan.items + next;
+    enter(next, share.head + (wraps ? 1 : 0), share.start, kSettled ? load_settled(what) : *what);
   }
 };
 
 // A warp's way through its quarters, ahead of the multiplication.
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, Line kLine>
 struct Copies {
   static constexpr int kRow = kRowBytes<kHeadDim>;
   static constexpr int kPieces = kHeadDim * 2 / 16;  // of 16 bytes, of a row
 
-  Walk walk;
+  Walk<kLine> walk;
   int warp, lane;
   uint64_t policy;
   int step;   // tiles of the share that are copied
@@ -143,7 +165,7 @@ struct Copies {
   // Goes on to the share that holds the next tile.
   __device__ __forceinline__ void seek() {
     while (!walk.is_done() && walk.share.begin + step * kQuarters >= walk.share.end) {
-      walk.advance<true>();
+      walk.template advance<true>();
       step = 0;
     }
   }
@@ -153,7 +175,7 @@ struct Copies {
     seek();
     const int quarter = walk.share.begin + step * kQuarters + warp;
     return walk.is_done() || quarter >= walk.share.end ||
-           (quarter + 1) * kQuarterTokens <= settled_end(walk.a, walk.share);
+           (quarter + 1) * kQuarterTokens <= walk.settled_end();
   }
 
   // Copies the next tile's quarter to `target`: keys, then values.

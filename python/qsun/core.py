@@ -53,11 +53,13 @@ class DecodeAttention:
 
     block_table: int32 (B, max_blocks), block ids of each row; entries past the length are never read.
     seq_lens: int32 (B,), positions in the cache, the new token's included; 0 marks a padding row.
+    shares_prefixes: whether rows may begin with the same blocks, which attention can then read once.
     plans: by the window of a layer, how its attention is shared out; the stack makes them, for all layers.
     """
 
     block_table: Tensor
     seq_lens: Tensor
+    shares_prefixes: bool = False
     plans: Mapping[int | None, AttentionPlan] = field(default_factory=dict)
 
 

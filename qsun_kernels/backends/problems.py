@@ -310,12 +310,16 @@ class LinearImplementation(Implementation):
 class AttentionImplementation(Implementation):
     """`paged_attention_decode` of one backend, which also plans.
 
-    plan: (problem, seq_lens, q_len, window) -> the tensors that share the work out among the programs of
-    `run`, made on the device without waiting for it; () where a backend needs none. `run` takes them as its
-    last argument, None to plan by itself.
+    plan: (problem, seq_lens, q_len, window, block_table) -> the tensors that share the work out among the
+    programs of `run`, made on the device without waiting for it; () where a backend needs none. `run` takes
+    them as an argument, None to plan by itself. block_table: None, or that of the calls, in which a backend
+    may look for prefixes that requests share.
     """
 
-    plan: Callable[[PagedAttentionDecodeProblem, torch.Tensor, int, int | None], tuple[torch.Tensor, ...]]
+    plan: Callable[
+        [PagedAttentionDecodeProblem, torch.Tensor, int, int | None, torch.Tensor | None],
+        tuple[torch.Tensor, ...],
+    ]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -324,8 +328,8 @@ class AttentionPlan:
 
     problem: the sizes, dtypes, window and device that it was made for. batch: number of requests. q_len:
     query tokens of each. backend: whose plan it is. tensors: what that backend made for the lengths that
-    `seq_lens` held. tensors is None for a plan made in traced code: its calls plan by themselves, and backend
-    is the one that was named there, or None.
+    `seq_lens` held, and for the block table if it was given one. tensors is None for a plan made in traced
+    code: its calls plan by themselves, and backend is the one that was named there, or None.
     """
 
     problem: PagedAttentionDecodeProblem

@@ -51,6 +51,7 @@ def plan_paged_attention(
     kv_scales: KvScales | None = None,
     q_len: int = 1,
     window: int | None = None,
+    block_table: Tensor | None = None,
     backend: BackendName | None = None,
 ) -> AttentionPlan:
     """Share the work of `paged_attention_decode` over these lengths out, for every layer of the step.
@@ -61,9 +62,15 @@ def plan_paged_attention(
     pairs of 4-bit codes), `window`. kv_scales: "tensor" for float8_e4m3fn with scales of shape (1,); by
     default "token" where a cache of `kv_dtype` has scales.
 
-    A call takes the plan while `seq_lens` holds what it held here; a call without one plans by itself. Calls
-    that share a plan run one after another, on one stream, since a kernel may count in it. Captured in a
-    CUDA graph, the plan is made anew at every replay.
+    block_table: int32 (B, max_blocks), that of those calls, to look for prefixes: requests whose rows begin
+    with the same blocks have these read once for all of them, wherever they stand in the batch. Results are
+    the same to rounding. It costs three small launches a plan and one a call, so give it where requests are
+    likely to share. The CUDA kernel for 16-bit caches shares, without a window, with up to 32 query rows a
+    key head (q_len * Hq / Hkv) and up to 4096 requests; for all else block_table changes nothing.
+
+    A call takes the plan while `seq_lens`, and a block_table that was given, hold what they held here; a call
+    without one plans by itself. Calls that share a plan run one after another, on one stream, since a kernel
+    may count in it. Captured in a CUDA graph, the plan is made anew at every replay.
 
     A plan that was made outside serves code that is traced (torch.compile). Inside, where there is nothing to
     read and only a backend knows what its plans look like, this returns one whose calls plan by themselves.
@@ -95,16 +102,26 @@ def plan_paged_attention(
         raise TypeError(f"seq_lens is a {type(seq_lens).__name__}, expected a torch.Tensor")
     checks.index("seq_lens", seq_lens, torch.int32, seq_lens.device)
     checks.rank("seq_lens", seq_lens, 1, "(B,)")
+    if block_table is not None:
+        if not isinstance(block_table, Tensor):
+            raise TypeError(f"block_table is a {type(block_table).__name__}, expected a torch.Tensor or None")
+        checks.index("block_table", block_table, torch.int32, seq_lens.device)
+        checks.rank("block_table", block_table, 2, "(B, max_blocks)")
+        if block_table.shape[0] != seq_lens.shape[0]:
+            raise ValueError(
+                f"block_table has {block_table.shape[0]} rows, expected one for each of the "
+                f"{seq_lens.shape[0]} requests of seq_lens"
+            )
     problem = PagedAttentionDecodeProblem(
         *(num_q_heads, num_kv_heads, head_dim, block_size, window, dtype, kv_dtype, seq_lens.device),
         kv_scales=kv_scales,
     )
     batch = seq_lens.shape[0]
-    if is_traced(seq_lens):
+    if is_traced(seq_lens, block_table):
         return AttentionPlan(problem, batch, q_len, backend, None)
     choice = select(problem, requested_backend(backend))
     implementation = cast(AttentionImplementation, choice.implementation)
-    tensors = implementation.plan(problem, seq_lens, q_len, window)
+    tensors = implementation.plan(problem, seq_lens, q_len, window, block_table)
     return AttentionPlan(problem, batch, q_len, choice.backend, tensors)
 
 

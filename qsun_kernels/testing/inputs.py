@@ -29,6 +29,7 @@ __all__ = [
     "poisoned_outputs",
     "qkv_views",
     "sampling_inputs",
+    "share_prefix",
     "slot_mapping",
     "zipf_lengths",
 ]
@@ -225,6 +226,26 @@ def paged_attention_inputs(
         k_scale=None if k_scale is None else k_scale.to(device),
         v_scale=None if v_scale is None else v_scale.to(device),
     )
+
+
+def share_prefix(problem: PagedAttentionInputs, requests: Sequence[int], blocks: int) -> None:
+    """Let the block tables of `requests` begin with the same blocks, in place: those of the first of them.
+
+    blocks: how many; every one of the requests has to have them, and whole. The blocks that the others had
+    become NaN. Only for caches of values.
+    """
+    first, *others = requests
+    block_size = problem.k_cache.shape[2]
+    shortest = min(int(problem.seq_lens[request]) for request in requests)
+    if blocks * block_size > shortest:
+        raise ValueError(f"blocks is {blocks}, expected at most {shortest // block_size}, which all have")
+    shared = problem.block_table[first, :blocks].clone()
+    for request in others:
+        own = problem.block_table[request, :blocks]
+        left = own[own != shared].long()
+        for cache in (problem.k_cache, problem.v_cache):
+            cache[left] = torch.nan
+        problem.block_table[request, :blocks] = shared
 
 
 def sampling_inputs(

@@ -29,6 +29,7 @@ def event(name: str, ts: float, dur: float, cat: str = "kernel", tid: int = 1) -
         ("void qsun::wna16_stream_kernel<4, 1, 2>(StreamArguments)", "wna16_linear"),
         ("void qsun::wna16_gemm_sm90_kernel<4>(GemmArguments)", "wna16_linear"),
         ("qsun::paged_attention_plan_kernel(PlanArguments)", "plan_paged_attention"),
+        ("qsun::paged_attention_compare_kernel(PrefixArguments)", "plan_paged_attention"),
         ("paged_attention_tiles_kernel<__nv_bfloat16, 128>", "paged_attention_decode"),
         ("write_kv_cache_kernel", "write_kv_cache"),
         ("rms_norm_kernel(RmsNormParams)", "rms_norm"),

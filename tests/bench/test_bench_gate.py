@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -212,8 +212,8 @@ def test_the_command_exits_with_1_on_a_wrong_kernel(
 ) -> None:
     real = contenders.contenders
 
-    def with_a_wrong_one(op: str) -> list[Contender]:
-        return [contender_that(spoil_one_column), *(c for c in real(op) if c.name == "dense")]
+    def with_a_wrong_one(op: str, variants: Sequence[str]) -> list[Contender]:
+        return [contender_that(spoil_one_column), *(c for c in real(op, variants) if c.name == "dense")]
 
     monkeypatch.setattr(contenders, "contenders", with_a_wrong_one)
     suite = suites()["wna16"]

@@ -38,6 +38,10 @@ struct PagedAttentionDecodeParams {
   float* lse = nullptr;                  // (batch * q_len, num_q_heads)
   void* plan = nullptr;  // paged_attention_plan_bytes(), 16-byte aligned: of plan_paged_attention()
   int64_t plan_bytes = 0;
+  // paged_attention_prefixes_bytes(), 16-byte aligned, made by plan_paged_attention() with the block table;
+  // null: no prefix is shared
+  void* prefixes = nullptr;
+  int64_t prefixes_bytes = 0;
   void* scratch = nullptr;  // paged_attention_decode_scratch_bytes(), 16-byte aligned; used by this call
   int64_t scratch_bytes = 0;
   int64_t batch = 0;  // 0: nothing is launched
@@ -54,9 +58,9 @@ struct PagedAttentionDecodeParams {
   int64_t window = -1;  // last positions that a query token attends to, or -1: all
   float softmax_scale = 1.0f;
   float softcap = 0.0f;  // above 0, or 0: none
-  // The launch directly in front of this one on the stream is the write_kv_cache() of the q_len newest
-  // positions of each request, and writes nothing else of what this one reads, q apart. Of that launch this
-  // one then waits for q and those positions only; the rest it reads while that one still runs.
+  // The launch directly in front of this call on the stream is the write_kv_cache() of the q_len newest
+  // positions of each request, and writes nothing else of what this call reads, q apart. Of that launch this
+  // call then waits for q and those positions only; the rest it reads while that one still runs.
   bool follows_write = false;
   DType dtype = DType::kFloat32;
   DType kv_dtype = DType::kFloat32;      // dtype, or codes
@@ -80,6 +84,9 @@ struct PagedAttentionDecodeConfig {
   int blocks_per_sm = 1;   // at once
   int parts = 1;           // blocks of the grid, of equal shares of the work
   int min_part_units = 2;  // smaller parts are not made: fewer blocks get work (units: attention/plan.h)
+  int prefix_parts = 0;    // blocks of the launch that reads shared prefixes (attention/prefixes.h); 0: none
+  int min_prefix_tiles = 4;        // shorter prefixes, in tiles of 64 tokens, are not shared
+  int min_saved_tiles = 0;         // in all, of all key heads: with fewer no prefix is shared
   bool overlaps_producer = false;  // begins while the kernel before it still runs; needs sm_90
 };
 QSUN_API std::string to_string(const PagedAttentionDecodeConfig& config);
@@ -106,11 +113,20 @@ QSUN_API int64_t paged_attention_plan_bytes(const PagedAttentionDecodeParams& pa
 QSUN_API int64_t paged_attention_plan_bytes(const PagedAttentionDecodeParams& params,
                                             const DeviceProps& props);
 
-// Bytes of scratch that a call with these sizes needs; may be 0.
+// Bytes of what a plan says about shared prefixes; 0 where none are shared: codes, windows, more than 32
+// query rows a key head, more than 4096 requests, sizes without a plan.
+QSUN_API int64_t paged_attention_prefixes_bytes(const PagedAttentionDecodeParams& params,
+                                                const PagedAttentionDecodeConfig& config);
+QSUN_API int64_t paged_attention_prefixes_bytes(const PagedAttentionDecodeParams& params,
+                                                const DeviceProps& props);
+
+// Bytes of scratch that a call with these sizes needs; may be 0. shares_prefixes: whether the call has
+// `prefixes`.
 QSUN_API int64_t paged_attention_decode_scratch_bytes(const PagedAttentionDecodeParams& params,
-                                                      const PagedAttentionDecodeConfig& config);
+                                                      const PagedAttentionDecodeConfig& config,
+                                                      bool shares_prefixes = false);
 QSUN_API int64_t paged_attention_decode_scratch_bytes(const PagedAttentionDecodeParams& params,
-                                                      const DeviceProps& props);
+                                                      const DeviceProps& props, bool shares_prefixes = false);
 
 // The precondition of `choose` and of the byte counts: sizes that a kernel exists for.
 QSUN_API Status paged_attention_decode_sizes(const PagedAttentionDecodeParams& params);
@@ -119,6 +135,10 @@ QSUN_API Status paged_attention_decode_sizes(const PagedAttentionDecodeParams& p
 // sizes (num_blocks, max_blocks and strides apart), window, device and stream count; is_planned() must hold.
 // The plan keeps the lengths, and serves any number of calls of the same sizes and window one after another,
 // on one stream at a time.
+//
+// With `prefixes` it also reads block_table (max_blocks and block_table_stride count) and finds the requests
+// whose rows begin with the same blocks; calls with `prefixes` read these blocks once for all of them. Their
+// block table must hold what it held here.
 QSUN_API Status plan_paged_attention(const PagedAttentionDecodeParams& params);
 QSUN_API Status plan_paged_attention(const PagedAttentionDecodeParams& params,
                                      const PagedAttentionDecodeConfig& config);

@@ -44,10 +44,20 @@ class DecodeInputs:
     A captured graph reads these very tensors, so a step changes their content and nothing else.
 
     max_rows: rows of the largest batch.  max_blocks: blocks of the longest sequence.
+    shares_prefixes: whether sequences may begin with the same blocks.
     """
 
-    def __init__(self, max_rows: int, max_blocks: int, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        max_rows: int,
+        max_blocks: int,
+        block_size: int,
+        device: torch.device,
+        *,
+        shares_prefixes: bool = False,
+    ) -> None:
         self.block_size = block_size
+        self.shares_prefixes = shares_prefixes
         self.max_rows = max_rows
         # Sections of the packed buffer start at 32 bytes, whatever the number of rows.
         capacity = -(-max_rows // 8) * 8
@@ -319,7 +329,8 @@ class DecodeInputs:
 
     def context(self, rows: int) -> ForwardContext:
         """The context of the first `rows` rows."""
-        attention = DecodeAttention(self._table[:rows], self._device_narrow[0, :rows])
+        seq_lens = self._device_narrow[0, :rows]
+        attention = DecodeAttention(self._table[:rows], seq_lens, self.shares_prefixes)
         return ForwardContext(self._device_wide[0, :rows], self._device_wide[1, :rows], attention)
 
     def sampling(self, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

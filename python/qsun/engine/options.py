@@ -35,7 +35,8 @@ class EngineOptions:
     prefill_chunk: most prompt tokens that are computed in one step.
     first_token: the convention of modules that state none.
     backend: of every operator; None is the best there is for each.
-    prefix_reuse: whether requests of one model share the KV of common beginnings.
+    prefix_reuse: whether requests of one model share the KV of common beginnings, which a decode step then
+        reads once for all of them, as far as `plan_paged_attention` can.
     overlap: whether the host prepares a step while the device computes the one before, so that what a step
         gained is told by the next call of `step`; "auto" is on a GPU only.
 

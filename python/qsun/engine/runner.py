@@ -74,7 +74,8 @@ class DecodeStep:
 class Runner:
     """Executes on one cache what the scheduler has planned.
 
-    max_blocks: blocks of the longest sequence.  stream: the engine's own; None on a CPU.
+    max_blocks: blocks of the longest sequence.  stream: the engine's own; None on a CPU.  shares_prefixes:
+    whether sequences may begin with the same blocks, which a decode step then reads once.
     """
 
     def __init__(
@@ -87,13 +88,20 @@ class Runner:
         stream: torch.cuda.Stream | None,
         backend: BackendName | None,
         cuda_graphs: GraphMode,
+        shares_prefixes: bool = False,
     ) -> None:
         self.decode_module = decode
         self.kv_cache = kv_cache
         self._stream = stream
         self._backend = backend
         with self.running():
-            self._inputs = DecodeInputs(max_batch_size, max_blocks, kv_cache.block_size, kv_cache.device)
+            self._inputs = DecodeInputs(
+                max_batch_size,
+                max_blocks,
+                kv_cache.block_size,
+                kv_cache.device,
+                shares_prefixes=shares_prefixes,
+            )
         # In turn: a step is launched while the one before it runs.
         self._events = [None, None] if stream is None else [torch.cuda.Event(), torch.cuda.Event()]
         self.graphs: DecodeGraphs | None = None
@@ -214,6 +222,7 @@ def step_memory(
     max_model_len: int,
     stream: torch.cuda.Stream,
     backend: BackendName | None,
+    shares_prefixes: bool = False,
 ) -> int:
     """Device bytes that the largest step takes beside weights and cache, by running one.
 
@@ -225,7 +234,7 @@ def step_memory(
     num_blocks = blocks_for(max_model_len, block_size)
     with running(stream, backend):
         kv_cache = KVCache.allocate(decode.config, 1, block_size, kv_format, device)
-        inputs = DecodeInputs(max_batch_size, 1, block_size, device)
+        inputs = DecodeInputs(max_batch_size, 1, block_size, device, shares_prefixes=shares_prefixes)
         block_ids = torch.zeros(num_blocks, dtype=torch.int64, device=device)
         chunk = PrefillChunk(0, length, max_model_len - length, block_ids)
         positions = torch.arange(max_model_len - length, max_model_len, device=device)

@@ -87,6 +87,7 @@ class Workspace:
                 stream=stream,
                 backend=options.backend,
                 cuda_graphs=options.cuda_graphs,
+                shares_prefixes=options.prefix_reuse,
             ),
             overlap=options.overlap == "on" or (options.overlap == "auto" and stream is not None),
         )
@@ -111,4 +112,5 @@ def _reserve(
         max_model_len=longest,
         stream=stream,
         backend=options.backend,
+        shares_prefixes=options.prefix_reuse,
     )

@@ -86,7 +86,7 @@ class DecoderStack:
     __call__ = forward
 
     def _planned(self, attention: DecodeAttention, hidden: Tensor, kv_cache: KVCache) -> DecodeAttention:
-        """With a plan for each window that layers have: lengths are the same in every layer."""
+        """With a plan for each window that layers have: lengths and blocks are the same in every layer."""
         config = self.config
         plans = {
             window: plan_paged_attention(
@@ -98,6 +98,7 @@ class DecoderStack:
                 dtype=hidden.dtype,
                 kv_dtype=kv_cache.dtype,
                 window=window,
+                block_table=attention.block_table if attention.shares_prefixes else None,
             )
             for window in dict.fromkeys(config.windows)
         }

@@ -57,9 +57,18 @@ def describe_attention(problem: PagedAttentionDecodeProblem) -> str:
         return f"paged_attention_codes: {group} query heads in tensor-core tiles of 8, codes in registers"
     if config is not None:
         rows = "16 query rows a warp" if group > 16 else f"{group} query heads in a tensor-core tile of 16"
-        return f"paged_attention_tiles: {rows}, all lengths cut into equal parts"
+        return f"paged_attention_tiles: {rows}, all lengths cut into equal parts{_describe_sharing(config)}"
     tile = library.binding.choose_paged_attention_split(*_sizes(problem)).head_tile
     return f"paged_attention_split: query heads in tiles of {tile}, lengths cut by batch size, then combined"
+
+
+def _describe_sharing(config: library.binding.PagedAttentionDecodeConfig) -> str:
+    if config.prefix_parts == 0:
+        return ""
+    return (
+        f"; with a block table in the plan shared prefixes of {64 * config.min_prefix_tiles} tokens or more "
+        f"are read once, where that saves {config.min_saved_tiles} tiles (64 tokens of a key head)"
+    )
 
 
 def _choose(problem: PagedAttentionDecodeProblem) -> library.binding.PagedAttentionDecodeConfig | None:
@@ -87,11 +96,14 @@ def _kind(problem: PagedAttentionDecodeProblem) -> tuple[int, int, int]:
 
 @dataclass(frozen=True, slots=True)
 class _Launch:
-    """How calls of given sizes run. plan_bytes is 0 where they take no plan."""
+    """How calls of given sizes run. plan_bytes is 0 where they take no plan, prefixes_bytes where they share
+    no prefixes."""
 
     config: library.binding.PagedAttentionDecodeConfig | None
     plan_bytes: int
+    prefixes_bytes: int
     scratch_bytes: int
+    sharing_scratch_bytes: int
 
 
 @lru_cache(maxsize=4096)
@@ -117,10 +129,13 @@ def _launch_of(
     )
     if config is None:
         config = library.binding.choose_paged_attention_decode(*sizes)
+    prefixes_bytes = library.binding.paged_attention_prefixes_bytes(config, *sizes)
     return _Launch(
         config,
         library.binding.paged_attention_plan_bytes(config, *sizes),
+        prefixes_bytes,
         library.binding.paged_attention_decode_scratch_bytes(config, *sizes),
+        library.binding.paged_attention_sharing_scratch_bytes(config, *sizes) if prefixes_bytes else 0,
     )
 
 
@@ -129,14 +144,17 @@ def plan_paged_attention(
     seq_lens: Tensor,
     q_len: int,
     window: int | None,
+    block_table: Tensor | None = None,
     config: library.binding.PagedAttentionDecodeConfig | None = None,
 ) -> tuple[Tensor, ...]:
     """The plan (int32), or nothing where the kernel that serves the problem takes none.
 
-    config: how the calls will run, for tests and tuning; by default the library chooses.
+    block_table: of the calls, to find the prefixes that requests share: a second tensor (int32), for sizes
+    that can share any. config: how the calls will run, for tests and tuning; by default the library chooses.
     """
     return _plan(
         seq_lens,
+        block_table,
         q_len,
         problem.num_q_heads,
         problem.num_kv_heads,
@@ -150,6 +168,7 @@ def plan_paged_attention(
 
 def _plan(
     seq_lens: Tensor,
+    block_table: Tensor | None,
     q_len: int,
     num_q_heads: int,
     num_kv_heads: int,
@@ -168,18 +187,26 @@ def _plan(
     if launch.plan_bytes == 0:
         return ()
     plan = torch.empty(launch.plan_bytes // 4, dtype=torch.int32, device=seq_lens.device)
+    prefixes = None
+    if block_table is not None and launch.prefixes_bytes:
+        prefixes = torch.empty(launch.prefixes_bytes // 4, dtype=torch.int32, device=seq_lens.device)
     library.binding.plan_paged_attention(
         launch.config,
         seq_lens.data_ptr(),
+        library.address(block_table),
         plan.data_ptr(),
         launch.plan_bytes,
+        library.address(prefixes),
+        0 if prefixes is None else launch.prefixes_bytes,
         *sizes,
+        0 if block_table is None else block_table.shape[1],
+        0 if block_table is None else block_table.stride(0),
         window,
         *kind,
         device,
         library.stream(device),
     )
-    return (plan,)
+    return (plan,) if prefixes is None else (plan, prefixes)
 
 
 def paged_attention_decode(
@@ -226,10 +253,13 @@ def paged_attention_decode(
             result = torch.empty_like(out)
     if plan is None:
         follows_write = False  # the launch in front is the one that plans
-        plan = _plan(seq_lens, q_len, num_q_heads, num_kv_heads, head_dim, block_size, last, kind, config)
+        one = (seq_lens, None, q_len, num_q_heads, num_kv_heads, head_dim, block_size, last, kind, config)
+        plan = _plan(*one)
+    prefixes = plan[1] if len(plan) == 2 else None
+    scratch_bytes = launch.scratch_bytes if prefixes is None else launch.sharing_scratch_bytes
     scratch = None
-    if launch.scratch_bytes:
-        scratch = torch.empty(launch.scratch_bytes // 4, dtype=torch.float32, device=q.device)
+    if scratch_bytes:
+        scratch = torch.empty(scratch_bytes // 4, dtype=torch.float32, device=q.device)
     library.binding.paged_attention_decode(
         launch.config,
         q.data_ptr(),
@@ -244,8 +274,10 @@ def paged_attention_decode(
         lse.data_ptr(),
         plan[0].data_ptr() if plan else 0,
         plan[0].numel() * 4 if plan else 0,
+        library.address(prefixes),
+        0 if prefixes is None else prefixes.numel() * 4,
         library.address(scratch),
-        launch.scratch_bytes,
+        scratch_bytes,
         *sizes,
         num_blocks,
         block_size,

@@ -25,9 +25,13 @@ def describe(problem: PagedAttentionDecodeProblem) -> str:
 
 
 def plan(
-    problem: PagedAttentionDecodeProblem, seq_lens: Tensor, q_len: int, window: int | None
+    problem: PagedAttentionDecodeProblem,
+    seq_lens: Tensor,
+    q_len: int,
+    window: int | None,
+    block_table: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Nothing: requests are taken one by one."""
+    """Nothing: requests are taken one by one, whatever blocks they share."""
     return ()
 
 

@@ -183,9 +183,13 @@ def make_plan(seq_lens: Tensor, parts: int, tile: int, q_len: int, window: int |
 
 
 def plan_paged_attention(
-    problem: PagedAttentionDecodeProblem, seq_lens: Tensor, q_len: int, window: int | None
+    problem: PagedAttentionDecodeProblem,
+    seq_lens: Tensor,
+    q_len: int,
+    window: int | None,
+    block_table: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """(plan,) for seq_lens int32 (B,)."""
+    """(plan,) for seq_lens int32 (B,). block_table is not looked at: every request reads its own prefix."""
     rows = q_len * (problem.num_q_heads // problem.num_kv_heads)
     programs = programs_a_part(rows, problem.num_kv_heads)
     parts = choose_parts(programs, multiprocessors(seq_lens.device))

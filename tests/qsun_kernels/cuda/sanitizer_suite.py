@@ -28,6 +28,7 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # read when torch is importe
 import torch
 
 from qsun_kernels.backends import cuda
+from qsun_kernels.backends.problems import PagedAttentionDecodeProblem
 from qsun_kernels.quant import QuantSpec
 from qsun_kernels.testing import inputs
 from qsun_kernels.testing import judge as judges
@@ -109,6 +110,38 @@ def attention() -> Iterator[tuple[str, Comparison]]:
                 yield (
                     f"paged_attention_decode {dtype} D={head_dim} group={group} q_len={q_len}",
                     judges.judge_paged_attention_decode(got, problem),
+                )
+
+
+def shared_attention() -> Iterator[tuple[str, Comparison]]:
+    """Every instance of the kernel for prefixes that requests share, and those that find them."""
+    for dtype in (torch.float16, torch.bfloat16):
+        for head_dim in (64, 96, 128, 256):
+            for group, q_len in ((1, 1), (5, 3)):
+                problem = inputs.paged_attention_inputs(
+                    inputs.generator(group),
+                    [270, 0, 900, *([330] * 100)],
+                    num_q_heads=2 * group,
+                    num_kv_heads=2,
+                    head_dim=head_dim,
+                    block_size=16,
+                    dtype=dtype,
+                    q_len=q_len,
+                    sinks=group == 5,
+                )
+                inputs.share_prefix(problem, range(3, 103), 20)
+                values = [getattr(problem, field.name) for field in dataclasses.fields(problem)]
+                moved = [v.to(DEVICE) if isinstance(v, torch.Tensor) else v for v in values]
+                table, lengths = moved[3:5]
+                sizes = PagedAttentionDecodeProblem(
+                    *(2 * group, 2, head_dim, 16, None, dtype, dtype, lengths.device)
+                )
+                plan = cuda.attention.plan_paged_attention(sizes, lengths, q_len, None, table)
+                assert int(plan[1][3]) > 0, "nothing is shared"
+                got = cuda.attention.paged_attention_decode(*moved[:9], None, plan)
+                yield (
+                    f"paged_attention_decode shared {dtype} D={head_dim} group={group} q_len={q_len}",
+                    judges.judge_paged_attention_decode((got[0].cpu(), got[1].cpu()), problem),
                 )
 
 
@@ -218,7 +251,10 @@ def sampling() -> Iterator[tuple[str, Comparison]]:
             yield f"sample_tokens {dtype} {vocabulary}", judges.judge_sample_tokens(got, *arguments)
 
 
-FAMILIES = (linear, block_ends, attention, coded_attention, cache, fused_write, fused, sampling)
+FAMILIES = (
+    *(linear, block_ends, attention, shared_attention, coded_attention),
+    *(cache, fused_write, fused, sampling),
+)
 
 
 def main(names: Sequence[str]) -> int:

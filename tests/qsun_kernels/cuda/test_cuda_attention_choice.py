@@ -76,11 +76,47 @@ def test_choose_paged_attention_decode(extension, h100, heads, q_len, head_dim, 
     ring = config.stages * 4 * 2 * 16 * (head_dim * 2 + 16)
     assert config.blocks_per_sm * (ring + 3072) <= 228 * 1024
     assert extension.paged_attention_plan_bytes(None, *sizes) == (
-        16 + 16 * config.parts + 4 * 3 * (1 + heads[1])
+        16 + 32 * config.parts + 4 * 3 * (4 + heads[1])
     )
     slots = 2 * config.parts * rows
     scratch = extension.paged_attention_decode_scratch_bytes(None, *sizes)
     assert scratch == 4 * (-(-slots // 4) * 4 + slots * head_dim)
+
+    # Two requests or more have to fit into the 64 query rows that share a prefix.
+    assert config.prefix_parts == (config.parts if rows <= 32 else 0), repr(config)
+    prefixes = extension.paged_attention_prefixes_bytes(None, *sizes)
+    sharing = extension.paged_attention_sharing_scratch_bytes(None, *sizes)
+    if config.prefix_parts:
+        assert prefixes == 16 + 32 * config.prefix_parts + 4 * 3 * (4 + 4 + 2)
+        kept = 64 * config.prefix_parts + 3 * q_len * heads[0]
+        assert sharing == scratch + 4 * (-(-kept // 4) * 4 + kept * head_dim)
+        assert config.min_prefix_tiles == 4 and config.min_saved_tiles == 2 * config.prefix_parts
+    else:
+        assert prefixes == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "shares"),
+    [
+        ({}, True),
+        ({"num_q_heads": 32, "q_len": 2}, True),
+        ({"num_q_heads": 32, "q_len": 3}, False),  # 48 rows: no two requests in 64
+        ({"window": 2**31}, False),
+        ({"batch": 4096}, True),
+        ({"batch": 4097}, False),
+        ({"head_dim": 80}, False),
+        ({"kv_dtype": INT8, "kv_scales": TOKEN}, False),
+    ],
+)
+def test_who_shares_prefixes(extension, h100, change, shares) -> None:
+    sizes = {
+        "batch": 1, "q_len": 1, "num_q_heads": 8, "num_kv_heads": 2, "head_dim": 128, "block_size": 16,
+        "max_blocks": 4, "window": -1, "dtype": BFLOAT, "kv_dtype": BFLOAT, "kv_scales": NONE,
+        "props": h100, **change,
+    }  # fmt: skip
+    assert (extension.paged_attention_prefixes_bytes(config=None, **sizes) > 0) == shares
+    config = extension.choose_paged_attention_decode(**sizes)
+    assert (config is not None and config.prefix_parts > 0) == shares
 
 
 def test_a_ring_fits_an_older_gpu(extension) -> None:
@@ -202,7 +238,11 @@ SIZES = {
     "window": -1, "dtype": HALF, "kv_dtype": HALF, "kv_scales": NONE, "device": 0, "stream": 0,
 }  # fmt: skip
 CALLS = {
-    "plan_paged_attention": {**SIZES, "seq_lens": ADDRESS, "plan": ADDRESS, "plan_bytes": 2**30},
+    "plan_paged_attention": {
+        **SIZES,
+        **dict.fromkeys(("seq_lens", "block_table", "plan"), ADDRESS),
+        **{"plan_bytes": 2**30, "prefixes": 0, "prefixes_bytes": 0, "max_blocks": 4, "block_table_stride": 4},
+    },
     "paged_attention_decode": {
         **SIZES,
         **dict.fromkeys(("q", "k_cache", "v_cache", "block_table", "seq_lens"), ADDRESS),
@@ -212,11 +252,14 @@ CALLS = {
             "v_scale": 0,
             "sinks": 0,
             "plan_bytes": 2**30,
+            "prefixes": 0,
+            "prefixes_bytes": 0,
             "scratch_bytes": 2**30,
             "num_blocks": 8,
             "max_blocks": 4,
         },
         **{"q_stride": 256, "block_table_stride": 4, "softmax_scale": 0.125, "softcap": 0.0},
+        "follows_write": False,
     },
 }
 """Arguments that pass every check. The addresses are never followed: what is wrong is refused before."""
@@ -241,8 +284,30 @@ CONFIG = {"warps": 4, "stages": 3, "blocks_per_sm": 1, "parts": 5, "min_part_uni
             "config.min_part_units is 1073741825; expected at most 1073741824",
         ),
         ({}, {"head_dim": 80}, "config is given; expected sizes that the planned kernel takes"),
-        ({}, {"plan_bytes": 119}, "plan_bytes is 119; expected at least 120"),
+        ({}, {"plan_bytes": 223}, "plan_bytes is 223; expected at least 224"),
         ({}, {"plan": 0}, "plan is null"),
+        ({"prefix_parts": -1}, {}, "config.prefix_parts is -1; expected at least 0"),
+        ({"prefix_parts": 8193}, {}, "config.prefix_parts is 8193; expected at most 8192"),
+        ({"prefix_parts": 1}, {"window": 5}, "config.prefix_parts is 1; expected at most 0"),
+        ({"prefix_parts": 1}, {"batch": 4097}, "config.prefix_parts is 1; expected at most 0"),
+        ({"min_prefix_tiles": 0}, {}, "config.min_prefix_tiles is 0; expected at least 1"),
+        ({"min_saved_tiles": -1}, {}, "config.min_saved_tiles is -1; expected at least 0"),
+        ({}, {"prefixes": ADDRESS}, "prefixes is given; expected none for sizes that share none"),
+        (
+            {"prefix_parts": 3},
+            {"prefixes": ADDRESS, "prefixes_bytes": 191},
+            "prefixes_bytes is 191; expected at least 192",
+        ),
+        (
+            {"prefix_parts": 3},
+            {"prefixes": ADDRESS + 8, "prefixes_bytes": 192},
+            "prefixes is misaligned; expected an address divisible by 16",
+        ),
+        (
+            {"prefix_parts": 3},
+            {"prefixes": ADDRESS, "prefixes_bytes": 192, "block_table": 0},
+            "block_table is null",
+        ),
     ],
 )
 def test_refused_configurations(extension, operator, config, change, message) -> None:

@@ -55,7 +55,7 @@ class Problem:
             *(a.q.dtype, self.k.cache.dtype, a.q.device, "tensor" if per_tensor else "token"),
         )
         with inputs.poisoned_outputs():
-            return attention.plan_paged_attention(problem, a.seq_lens, a.q_len, a.window, told)
+            return attention.plan_paged_attention(problem, a.seq_lens, a.q_len, a.window, config=told)
 
     def judge(self, got: tuple[Tensor, Tensor]) -> Any:
         return judge_paged_attention_decode(got, self.judged)

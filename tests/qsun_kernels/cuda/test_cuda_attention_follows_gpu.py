@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from qsun_kernels.backends import cuda
-from qsun_kernels.backends.cuda import attention
+from qsun_kernels.backends.cuda import attention, library
 from qsun_kernels.backends.problems import PagedAttentionDecodeProblem
 from qsun_kernels.errors import KernelLaunchError
 from qsun_kernels.ops.cache_checks import kind_of
@@ -66,22 +67,61 @@ def draw(
     )
 
 
-def plan_of(a: PagedAttentionInputs) -> tuple[Tensor, ...]:
+def plan_of(
+    a: PagedAttentionInputs,
+    *,
+    shares: bool = False,
+    config: library.binding.PagedAttentionDecodeConfig | None = None,
+) -> tuple[Tensor, ...]:
     problem = PagedAttentionDecodeProblem(
         *(a.q.shape[1], a.k_cache.shape[1], a.q.shape[2], a.k_cache.shape[2], a.window),
         *(a.q.dtype, a.k_cache.dtype, a.q.device, kind_of(a.k_scale)),
     )
-    return attention.plan_paged_attention(problem, a.seq_lens, a.q_len, a.window)
+    table = a.block_table if shares else None
+    plan = attention.plan_paged_attention(problem, a.seq_lens, a.q_len, a.window, table, config=config)
+    assert len(plan) == (2 if shares else 1)
+    return plan
 
 
 def attend(
-    a: PagedAttentionInputs, plan: tuple[Tensor, ...] | None, follows: bool, out: Tensor | None = None
+    a: PagedAttentionInputs,
+    plan: tuple[Tensor, ...] | None,
+    follows: bool,
+    out: Tensor | None = None,
+    config: library.binding.PagedAttentionDecodeConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     with inputs.poisoned_outputs():
         return attention.paged_attention_decode(
             *(a.q, a.k_cache, a.v_cache, a.block_table, a.seq_lens, a.softmax_scale, a.window),
             *(a.softcap, a.sinks, out, plan, a.k_scale, a.v_scale, follows),
+            config=config,
         )
+
+
+def sharing_config() -> library.binding.PagedAttentionDecodeConfig:
+    """Shares whatever there is; items and requests lie across parts."""
+    return library.binding.PagedAttentionDecodeConfig(
+        warps=4,
+        stages=3,
+        blocks_per_sm=1,
+        parts=7,
+        min_part_units=1,
+        prefix_parts=5,
+        min_prefix_tiles=1,
+        min_saved_tiles=0,
+        overlaps_producer=True,
+    )
+
+
+def guard_the_writes(a: PagedAttentionInputs, out: Tensor, guard: Callable[[Tensor], None]) -> None:
+    """Queries, newest positions, and the outputs, which nobody may write so early either."""
+    guard(out)
+    for token in a.q:
+        guard(token)
+    for request, length in enumerate(a.seq_lens.tolist()):
+        for position in range(max(length - a.q_len, 0), length):
+            for row in rows_of_position(a, request, position):
+                guard(row)
 
 
 def rows_of_position(a: PagedAttentionInputs, request: int, position: int) -> Iterator[Tensor]:
@@ -114,15 +154,44 @@ def test_nothing_new_is_read_too_early(
     expected = attend(a, plan, False)
     judge_paged_attention_decode(expected, a).require()
     out = torch.full_like(expected[0], torch.nan)
-    guard(out)
-    for token in a.q:
-        guard(token)
-    for request, length in enumerate(LENGTHS):
-        for position in range(max(length - q_len, 0), length):
-            for row in rows_of_position(a, request, position):
-                guard(row)
+    guard_the_writes(a, out, guard)
     got = attend(a, plan, True, out)
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("order", "copies"), [("forward", "late"), ("reverse", "early"), ("3", "late")])
+@pytest.mark.parametrize("q_len", [1, 5])
+@pytest.mark.parametrize("group", [1, 6])
+def test_nothing_new_is_read_too_early_around_shared_prefixes(
+    emulated_kernels, guard, monkeypatch, group, q_len, order, copies
+) -> None:
+    """The same of both launches; what the first leaves for the second is hidden until that one waits, too."""
+    monkeypatch.setenv("QSUN_EMULATOR_ORDER", order)
+    monkeypatch.setenv("QSUN_EMULATOR_COPIES", copies)
+    # The newest positions of one request lie right behind its prefix.
+    lengths = (700, 3, 128 + q_len, 0, 330, 65 + q_len, 192, 1)
+    a = draw(lengths, torch.device("cpu"), group=group, q_len=q_len)
+    inputs.share_prefix(a, (0, 2, 4, 6), 4)
+    config = sharing_config()
+    plan = plan_of(a, shares=True, config=config)
+    assert int(plan[1][3]) > 0, "nothing is shared"
+    expected = attend(a, plan, False, config=config)
+    judge_paged_attention_decode(expected, a).require()
+    out = torch.full_like(expected[0], torch.nan)
+    guard_the_writes(a, out, guard)
+    empty, hidden = torch.empty, []
+
+    def guarded_scratch(*sizes: int, **options: Any) -> Tensor:
+        made = empty(*sizes, **options)
+        if made.dim() == 1 and made.dtype == torch.float32:
+            guard(made)
+            hidden.append(made)
+        return made
+
+    monkeypatch.setattr(torch, "empty", guarded_scratch)
+    got = attend(a, plan, True, out, config)
+    assert len(hidden) == 1 and torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
 
 
 @pytest.mark.slow
@@ -152,6 +221,29 @@ def test_what_is_older_is_read_at_once(emulated_kernels, guard, what, kv) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("what", ["a shared position", "the prefixes", "plan"])
+def test_what_is_older_is_read_at_once_around_shared_prefixes(emulated_kernels, guard, what) -> None:
+    """Both launches start early: each finds nothing where what it goes along is the write's after all."""
+    a = draw((330, 200, 70), torch.device("cpu"))
+    inputs.share_prefix(a, (0, 1), 4)
+    config = sharing_config()
+    plan = plan_of(a, shares=True, config=config)
+    expected = attend(a, plan, False, config=config)
+    judge_paged_attention_decode(expected, a).require()
+    hidden = {"a shared position": next(rows_of_position(a, 1, 5)), "the prefixes": plan[1], "plan": plan[0]}
+    guard(hidden[what])
+    again = attend(a, plan, False, config=config)
+    assert torch.equal(again[0], expected[0])
+    if what == "a shared position":
+        with pytest.raises(KernelLaunchError, match="the producer writes"):
+            attend(a, plan, True, config=config)
+        return
+    is_lost = attend(a, plan, True, config=config)[0].isnan().all(dim=-1).all(dim=-1)
+    # Bytes of 0xff: no part has work. Without prefixes those are lost that begin behind one.
+    assert is_lost.tolist() == ([True] * 3 if what == "plan" else [True, True, False])
+
+
+@pytest.mark.slow
 def test_the_write_lets_the_next_kernel_start_after_its_own_wait(
     emulated_kernels, emulated_extension
 ) -> None:
@@ -170,14 +262,22 @@ def test_the_write_lets_the_next_kernel_start_after_its_own_wait(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kv", [None, "fp8", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("kv", "shares"), [(None, False), (None, True), ("fp8", False), ("int8", False), ("int4", False)]
+)
 @pytest.mark.parametrize("batch", [1, 8, 64])
-def test_every_step_sees_its_new_token(kv, batch) -> None:
-    """New keys and values at the same place, step after step, right in front of the attention to them."""
+def test_every_step_sees_its_new_token(kv, shares, batch) -> None:
+    """New keys and values at the same place, step after step, right in front of the attention to them.
+
+    shares: the launch for prefixes comes in between, whether there are any (8, 64 requests) or not.
+    """
     device = torch.device("cuda", torch.cuda.current_device())
     lengths = [1024 - 3 * request for request in range(batch)]
     a = draw(lengths, device, kv=kv, group=4, kv_heads=8, head_dim=128)
-    plan = plan_of(a)
+    if shares:
+        inputs.share_prefix(a, range(batch), 24)
+    plan = plan_of(a, shares=shares)
+    assert not shares or (int(plan[1][3]) > 0) == (batch > 1)
     last = a.seq_lens.long() - 1
     blocks = a.block_table.gather(1, (last // 32)[:, None])[:, 0].long()
     slots = blocks * 32 + last % 32

@@ -39,7 +39,7 @@ def problem_of(a):
 
 def plan_of(a, told=None):
     with inputs.poisoned_outputs():
-        return attention.plan_paged_attention(problem_of(a), a.seq_lens, a.q_len, a.window, told)
+        return attention.plan_paged_attention(problem_of(a), a.seq_lens, a.q_len, a.window, config=told)
 
 
 def attend(a, plan=None, told=None):
@@ -71,7 +71,8 @@ def test_a_plan_cuts_the_line_of_units(kernels, batch, parts) -> None:
         )
         with inputs.poisoned_outputs():
             (plan,) = attention.plan_paged_attention(
-                problem, lengths.to(kernels.device), q_len, window, config(parts, min_part_units=minimum)
+                *(problem, lengths.to(kernels.device), q_len, window),
+                config=config(parts, min_part_units=minimum),
             )
         words = plan.tolist()
         reach = 2**31 if window is None else window + q_len - 1
@@ -82,13 +83,13 @@ def test_a_plan_cuts_the_line_of_units(kernels, batch, parts) -> None:
                 owner += [(request, head)] * units_of(length, reach)
         share = max(-(-len(owner) // parts), minimum)
         used = -(-len(owner) // share)
-        assert words[:3] == [len(owner), share, used]
+        assert words[:4] == [len(owner), share, used, batch]
+        items = [[max(length - reach, 0), max(length, 0), i, 0] for i, length in enumerate(lengths.tolist())]
         for part in range(used):
             at = owner[part * share]
-            length = max(int(lengths[at[0]]), 0)
-            assert tuple(words[4 + 4 * part : 8 + 4 * part]) == (*at, start[at], length)
-        rest = words[4 + 4 * parts :]
-        assert rest == [*lengths.clamp(min=0).tolist(), *([0] * (batch * num_kv_heads))]
+            assert words[4 + 8 * part : 12 + 8 * part] == [*at, start[at], 0, *items[at[0]]]
+        rest = words[4 + 8 * parts :]
+        assert rest == [*(word for item in items for word in item), *([0] * (batch * num_kv_heads))]
 
 
 def test_short_requests_are_not_cut(kernels) -> None:
@@ -97,9 +98,9 @@ def test_short_requests_are_not_cut(kernels) -> None:
         32, 8, 128, 16, None, torch.bfloat16, torch.bfloat16, kernels.device
     )
     lengths = torch.full((8,), 64, dtype=torch.int32, device=kernels.device)
-    (plan,) = attention.plan_paged_attention(problem, lengths, 1, None, config(264, min_part_units=2))
+    (plan,) = attention.plan_paged_attention(problem, lengths, 1, None, config=config(264, min_part_units=2))
     assert plan[:3].tolist() == [128, 2, 64]
-    assert plan[4 : 4 + 4 * 64].view(64, 4)[:, 2].tolist() == list(range(0, 128, 2))
+    assert plan[4 : 4 + 8 * 64].view(64, 8)[:, 2].tolist() == list(range(0, 128, 2))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_any_cut_and_one_plan_for_two_calls(kernels, monkeypatch, group, q_len, 
             assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
         monkeypatch.delenv("QSUN_EMULATOR_ORDER")
         used = int(plan[0][2])
-        untouched = slice(0, 4 + 4 * used), slice(4 + 4 * parts, None)
+        untouched = slice(0, 4 + 8 * used), slice(4 + 8 * parts, None)
         assert all(torch.equal(plan[0][part], before[part]) for part in untouched)
 
 

@@ -239,13 +239,15 @@ CALLS = {
     ),
     "paged_attention_decode": call(
         "q k_cache v_cache block_table seq_lens out lse plan scratch", config=None, k_scale=0, v_scale=0,
-        sinks=0, plan_bytes=2**30, scratch_bytes=2**30, batch=2, q_len=1, num_q_heads=4, num_kv_heads=2,
-        head_dim=64, num_blocks=8, block_size=16, max_blocks=4, q_stride=256, block_table_stride=4, window=-1,
-        softmax_scale=0.125, softcap=0.0, kv_dtype=1, kv_scales=0, follows_write=False,
+        sinks=0, plan_bytes=2**30, prefixes=0, prefixes_bytes=0, scratch_bytes=2**30,
+        batch=2, q_len=1, num_q_heads=4, num_kv_heads=2, head_dim=64,
+        num_blocks=8, block_size=16, max_blocks=4, q_stride=256, block_table_stride=4, window=-1,
+        softmax_scale=0.125, softcap=0.0, follows_write=False, kv_dtype=1, kv_scales=0,
     ),
     "plan_paged_attention": call(
-        "seq_lens plan", config=None, plan_bytes=2**30, batch=2, q_len=1, num_q_heads=4, num_kv_heads=2,
-        head_dim=64, block_size=16, window=-1, kv_dtype=1, kv_scales=0,
+        "seq_lens plan", config=None, block_table=0, plan_bytes=2**30, prefixes=0, prefixes_bytes=0, batch=2,
+        q_len=1, num_q_heads=4, num_kv_heads=2, head_dim=64, block_size=16, max_blocks=0,
+        block_table_stride=0, window=-1, kv_dtype=1, kv_scales=0,
     ),
 }  # fmt: skip
 ENDING = {"dtype": 1, "device": 0, "stream": 0}

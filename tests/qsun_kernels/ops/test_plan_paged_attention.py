@@ -21,6 +21,7 @@ from qsun_kernels.backends.problems import AttentionImplementation
 from qsun_kernels.backends.reference import paged_attention_decode as reference
 from qsun_kernels.testing import inputs
 from qsun_kernels.testing.inputs import PagedAttentionInputs
+from qsun_kernels.testing.judge import judge_paged_attention_decode
 
 SIZES: dict[str, Any] = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 16, "block_size": 4}
 
@@ -63,6 +64,24 @@ def test_one_plan_serves_several_calls(q_len: int, device: torch.device) -> None
     other = replace(case, q=case.q.flip(1).contiguous(), k_cache=case.v_cache, v_cache=case.k_cache)
     for layer in (case, other):
         assert torch.equal(attend(layer, plan), attend(layer, None))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_plan_that_is_given_the_block_table(dtype: torch.dtype, device: torch.device) -> None:
+    """Requests 0, 3 and 5 have 300 tokens in common: whoever shares them, and not, gets the same results."""
+    sizes = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 64, "block_size": 16}
+    case = case_of(seq_lens=[310, 40, 0, 333, 64, 301], dtype=dtype, device=device, **sizes)
+    inputs.share_prefix(case, (0, 3, 5), 18)
+    plan = plan_of(case, block_table=case.block_table, **sizes)
+    got = paged_attention_decode(
+        *(case.q, case.k_cache, case.v_cache, case.block_table, case.seq_lens),
+        softmax_scale=case.softmax_scale,
+        plan=plan,
+        lse=True,
+    )
+    judge_paged_attention_decode(got, case).require()
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(case, plan), got[0])
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -118,7 +137,7 @@ def test_a_call_runs_on_the_backend_of_its_plan(monkeypatch: pytest.MonkeyPatch)
         return reference.run(*arguments)
 
     planning = AttentionImplementation(
-        reference.supports, run, reference.describe, lambda problem, seq_lens, q_len, window: marks
+        reference.supports, run, reference.describe, lambda problem, lengths, q_len, window, table: marks
     )
     monkeypatch.setitem(dispatch.load_backend("torch").IMPLEMENTATIONS, "paged_attention_decode", planning)  # type: ignore[arg-type]
     dispatch.forget_choices()
@@ -171,6 +190,18 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"dtype": torch.int8}, TypeError, "dtype is torch.int8, expected one of torch.float32"),
     ({"kv_dtype": "fp8"}, TypeError, "kv_dtype is 'fp8', expected one of torch.float32"),
     ({"backend": "rocm"}, ValueError, "backend is 'rocm'"),
+    ({"block_table": [[1], [2]]}, TypeError, "block_table is a list, expected a torch.Tensor or None"),
+    (
+        {"block_table": torch.zeros(2, 3)},
+        TypeError,
+        "block_table has dtype torch.float32, expected torch.int",
+    ),
+    ({"block_table": torch.zeros(2, dtype=torch.int32)}, ValueError, r"block_table has shape \(2,\)"),
+    (
+        {"block_table": torch.zeros(3, 1, dtype=torch.int32)},
+        ValueError,
+        "block_table has 3 rows, expected one for each of the 2 requests of seq_lens",
+    ),
 ]
 
 
