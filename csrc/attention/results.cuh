@@ -96,24 +96,23 @@ struct Results {
   }
 
   // Puts the parts' rows together, those of the prefix in front, in the order of the parts. A warp a row; all
-  // lanes take part.
+  // lanes take part. Own parts and those of the prefix have loops of their own: to find out of each part
+  // which it is costs more than its loads.
   __device__ __forceinline__ void merge(int warp, int warps, int lane) const {
     constexpr int kElements = kHeadDim / kWarp;  // of a lane
     const PrefixParts prefix = prefix_parts();
-    const int parts = prefix.count + last_part - first_part + 1;
+    const int parts = last_part - first_part + 1;
 #pragma unroll 1
     for (int row = warp; row < a.rows; row += warps) {
-      const auto is_prefix = [&](int i) { return i < prefix.count; };
-      const auto row_at = [&](int i) {
-        return is_prefix(i) ? prefix.row + static_cast<int64_t>(i) * kPrefixRows + row
-                            : slot_row(first_part + i - prefix.count, row);
-      };
-      const auto lse_at = [&](int i) {
-        return load_past_l1((is_prefix(i) ? a.prefix_rows.lse : a.partial.lse) + row_at(i));
-      };
+      const auto own_row = [&](int i) { return slot_row(first_part + i, row); };
+      const auto prefix_row = [&](int i) { return prefix.row + static_cast<int64_t>(i) * kPrefixRows + row; };
       float maximum = -INFINITY;
+      const auto see = [&](int count, const float* lse, const auto& row_at) {
 #pragma unroll 1
-      for (int i = lane; i < parts; i += kWarp) maximum = fmaxf(maximum, lse_at(i));
+        for (int i = lane; i < count; i += kWarp) maximum = fmaxf(maximum, load_past_l1(lse + row_at(i)));
+      };
+      if (prefix.count > 0) see(prefix.count, a.prefix_rows.lse, prefix_row);
+      see(parts, a.partial.lse, own_row);
 #pragma unroll
       for (int distance = kWarp / 2; distance > 0; distance /= 2) {
         maximum = fmaxf(maximum, __shfl_xor_sync(kAllLanes, maximum, distance));
@@ -121,21 +120,24 @@ struct Results {
       const float reference = reference_of(maximum);
       float sum = 0.0f;
       float values[kElements] = {};
+      const auto add = [&](int count, const PartialRows& from, const auto& row_at) {
 #pragma unroll 1
-      for (int base = 0; base < parts; base += kWarp) {
-        float weight = 0.0f;
-        if (base + lane < parts) weight = exp2f(lse_at(base + lane) - reference);
-        sum += weight;
-        const int count = min(parts - base, kWarp);
+        for (int base = 0; base < count; base += kWarp) {
+          float weight = 0.0f;
+          if (base + lane < count) weight = exp2f(load_past_l1(from.lse + row_at(base + lane)) - reference);
+          sum += weight;
+          const int some = min(count - base, kWarp);
 #pragma unroll 4
-        for (int i = 0; i < count; ++i) {
-          const float of_part = __shfl_sync(kAllLanes, weight, i);
-          const float* out_rows = is_prefix(base + i) ? a.prefix_rows.out : a.partial.out;
-          const float* source = out_rows + row_at(base + i) * kHeadDim + lane;
+          for (int i = 0; i < some; ++i) {
+            const float of_part = __shfl_sync(kAllLanes, weight, i);
+            const float* source = from.out + row_at(base + i) * kHeadDim + lane;
 #pragma unroll
-          for (int e = 0; e < kElements; ++e) values[e] += of_part * load_past_l1(source + e * kWarp);
+            for (int e = 0; e < kElements; ++e) values[e] += of_part * load_past_l1(source + e * kWarp);
+          }
         }
-      }
+      };
+      if (prefix.count > 0) add(prefix.count, a.prefix_rows, prefix_row);
+      add(parts, a.partial, own_row);
       const RowPlace place = load_row_place(places, row);
       const RowTotal total = total_of(maximum, warp_sum(sum), sink_of(place));
       T* out = target(row) + lane;

@@ -150,7 +150,7 @@ def test_batch_invariance(kernels, dtype) -> None:
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("M", (1, 3))
 def test_columns_are_gathered(kernels, M, dtype) -> None:
-    """Bits as they are, zero for -1; rows of x may lie apart, and there are more columns than a block takes."""
+    """Bits as they are, zero for -1; rows of x may lie apart, and columns take more than one block."""
     K, columns = 301, 1280
     source = inputs.generator(M)
     wide = inputs.normal(source, (M, K + 7), dtype, kernels.device)
