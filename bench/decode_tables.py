@@ -77,6 +77,12 @@ def markdown(run: Run) -> str:
     return "\n\n".join(parts)
 
 
+def brief(run: Run) -> str:
+    """The times alone, for a document."""
+    table = next(build(run))
+    return tables.markdown(table.columns, table.rows, text_columns=table.text_columns)
+
+
 def baseline_of(record: Record, records: Sequence[Record]) -> Record | None:
     """The same batch with 16-bit projections, KV and lm_head: SUN, where the record is QSUN's."""
     same = ("model", "layers", "batch", "context", "tokens", "mode", "models", "zipf", "dtype")
