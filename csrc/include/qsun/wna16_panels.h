@@ -16,10 +16,10 @@ namespace qsun {
 // residual block, also norm_out = out / sqrt(mean(out^2) + norm_eps) * norm_weight over the rows of out as
 // they were rounded: the bits are those of the kernel of rms_norm.h.
 struct Wna16PanelsParams {
-  const void* x = nullptr;          // (M, K) dtype, rows x_stride elements apart
-  const uint8_t* panels = nullptr;  // (ceil(N / 64), column_blocks, block_bytes), aligned to 16 bytes
-  const void* bias = nullptr;       // (N,) dtype; null: none
-  const void* residual = nullptr;   // (M, N) dtype, rows residual_stride elements apart; null: none
+  const void* x = nullptr;            // (M, K) dtype, rows x_stride elements apart
+  const uint8_t* panels = nullptr;    // (ceil(N / 64), column_blocks, block_bytes), aligned to 16 bytes
+  const void* bias = nullptr;         // (N,) dtype; null: none
+  const void* residual = nullptr;     // (M, N) dtype, rows residual_stride elements apart; null: none
   const void* norm_weight = nullptr;  // (N,) dtype; null: no norm
   void* out = nullptr;       // (M, N) dtype, or (M, N / 2) for gate_up, rows out_stride elements apart
   void* norm_out = nullptr;  // (M, N) dtype, contiguous; null exactly when norm_weight is
