@@ -277,7 +277,7 @@ void bind_wna16(py::module_& m) {
   m.def(
       "gather_columns",
       [](uintptr_t x, uintptr_t perm, uintptr_t out, int64_t M, int64_t K, int64_t columns, int64_t x_stride,
-         int dtype, int device, uintptr_t stream) {
+         bool prefetch_perm, int dtype, int device, uintptr_t stream) {
         qsun::GatherColumnsParams p;
         p.x = pointer(x);
         p.perm = pointer<int32_t>(perm);
@@ -286,10 +286,12 @@ void bind_wna16(py::module_& m) {
         p.K = K;
         p.columns = columns;
         p.x_stride = x_stride;
+        p.prefetch_perm = prefetch_perm;
         place(p, dtype, device, stream);
         check(qsun::gather_columns(p));
       },
-      "x"_a, "perm"_a, "out"_a, "M"_a, "K"_a, "columns"_a, "x_stride"_a, "dtype"_a, "device"_a, "stream"_a);
+      "x"_a, "perm"_a, "out"_a, "M"_a, "K"_a, "columns"_a, "x_stride"_a, "prefetch_perm"_a, "dtype"_a,
+      "device"_a, "stream"_a);
   using qsun::Wna16LinearConfig;
   using qsun::Wna16LinearParams;
   printable<Wna16LinearConfig>(m, "Wna16LinearConfig", "How wna16_linear is launched.")

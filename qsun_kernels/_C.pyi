@@ -204,6 +204,7 @@ def gather_columns(
     K: int,
     columns: int,
     x_stride: int,
+    prefetch_perm: bool,
     dtype: int,
     device: int,
     stream: int,

@@ -33,6 +33,7 @@ __global__ void __launch_bounds__(kThreads)
   launch_dependents();
   const int64_t column = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kColumns;
   const bool has_columns = column < p.columns;
+  if (!p.prefetch_perm) wait_for_producers();
   int places[kColumns];
   if (has_columns) {
     const Vector<int32_t, kColumns> own = load_readonly<kColumns>(p.perm + column);

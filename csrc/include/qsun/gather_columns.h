@@ -19,13 +19,15 @@ struct GatherColumnsParams {
   int64_t K = 0;
   int64_t columns = 0;  // a multiple of 8
   int64_t x_stride = 0;
+  // perm is read before the kernels that this launch depends on have ended, as a weight is. Set to false
+  // where one of them writes it.
+  bool prefetch_perm = true;
   DType dtype = DType::kBFloat16;  // kFloat16 or kBFloat16
   int device = 0;
   Stream stream = nullptr;
 };
 QSUN_API std::string to_string(const GatherColumnsParams& params);
 
-// perm is read before the kernels that this launch depends on have ended, as a weight is.
 QSUN_API Status gather_columns(const GatherColumnsParams& params);
 
 }  // namespace qsun

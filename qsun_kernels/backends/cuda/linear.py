@@ -169,7 +169,7 @@ def launch_panels(
     """config: which kernel to run and how, for tests and tuning; by default the library chooses."""
     spec, panels = weight.spec, weight.tensors[0]
     if len(weight.tensors) == 2:
-        x = _gathered(x, weight.tensors[1])
+        x = _gathered(x, weight.tensors[1], weight.is_prefetched)
     group = 32 if weight.stored_layout.endswith("32") else spec.group_size
     groups_per_block = 1 if group == "channel" else BLOCK_COLUMNS // group
     device = x.get_device()
@@ -222,8 +222,11 @@ def launch_panels(
     )
 
 
-def _gathered(x: Tensor, perm: Tensor) -> Tensor:
-    """x (M, K) with its columns as the weight stores them: (M, len(perm)), zero where perm is -1."""
+def _gathered(x: Tensor, perm: Tensor, is_prefetched: bool) -> Tensor:
+    """x (M, K) with its columns as the weight stores them: (M, len(perm)), zero where perm is -1.
+
+    is_prefetched: of the weight that perm belongs to.
+    """
     out = torch.empty((x.shape[0], len(perm)), dtype=x.dtype, device=x.device)
     device = x.get_device()
     library.binding.gather_columns(
@@ -234,6 +237,7 @@ def _gathered(x: Tensor, perm: Tensor) -> Tensor:
         x.shape[1],
         len(perm),
         x.stride(0),
+        is_prefetched,
         library.DTYPE_CODES[x.dtype],
         device,
         library.stream(device),

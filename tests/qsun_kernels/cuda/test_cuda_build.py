@@ -233,7 +233,7 @@ CALLS = {
         K=64, column_blocks=1, x_stride=64, residual_stride=0, out_stride=32, bits=4, groups_per_block=1,
         has_zeros=False, gate_up=False, batch_invariant=False, prefetch_weights=True,
     ),
-    "gather_columns": call("x perm out", M=2, K=64, columns=128, x_stride=64),
+    "gather_columns": call("x perm out", M=2, K=64, columns=128, x_stride=64, prefetch_perm=True),
     "dequantize": call(
         "qweight scales out", qzeros=0, g_idx=0, N=32, K=64, bits=4, group_size=32, scale_dtype=1
     ),

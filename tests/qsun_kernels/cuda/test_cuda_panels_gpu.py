@@ -158,7 +158,7 @@ def test_columns_are_gathered(kernels, M, dtype) -> None:
     x = wide[:, :K]
     perm = torch.randint(-1, K, (columns,), generator=source).to(torch.int32).to(kernels.device)
     perm[:3] = torch.tensor([-1, 5, K - 1], dtype=torch.int32)
-    got = linear._gathered(x, perm)
+    got = linear._gathered(x, perm, True)
     expected = torch.where(perm < 0, 0, x[:, perm.long().clamp(min=0)].view(torch.int16)).to(torch.int16)
     assert torch.equal(got.view(torch.int16), expected)
 
@@ -321,18 +321,22 @@ def test_a_tile_configuration_that_cannot_run_is_refused(device) -> None:
         gemm(torch.ones(64, 260, dtype=torch.float16, device=device)[:, 1:257], weight, **right)
 
 
-def test_prefetching_is_passed_on(kernels, monkeypatch) -> None:
+@pytest.mark.parametrize("act_order", (False, True))
+def test_prefetching_is_passed_on(kernels, monkeypatch, act_order) -> None:
+    """To the product, and to the launch that reads an act-order weight's perm."""
     packed = inputs.packed_weight(
         inputs.generator(0),
         32,
         128,
-        QuantSpec(4, 128, True),
+        QuantSpec(4, 32, True),
         scale_dtype=torch.float16,
+        act_order=act_order,
         device=kernels.device,
     )
     weight = prepared(kernels, packed, torch.float16)
+    assert len(weight.tensors) == 1 + act_order
     x = torch.ones(1, 128, dtype=torch.float16, device=kernels.device)
-    passed = []
+    passed, gathered = [], []
     binding = library.binding
 
     class Recording:
@@ -343,11 +347,16 @@ def test_prefetching_is_passed_on(kernels, monkeypatch) -> None:
             passed.append(arguments[-4])
             binding.wna16_panels(*arguments)
 
+        def gather_columns(self, *arguments: Any) -> None:
+            gathered.append(arguments[-4])
+            binding.gather_columns(*arguments)
+
     monkeypatch.setattr(library, "binding", Recording())
     results = [
         kernels.run("wna16_linear", x, w, None, None, None) for w in (weight, weight.in_stream_order())
     ]
     assert passed == [True, False] and torch.equal(*results)
+    assert gathered == ([True, False] if act_order else [])
 
 
 @pytest.mark.gpu
