@@ -41,7 +41,7 @@ A row of "channel" weights repeats its scale in every block, as if groups had 12
 and K to 128 is zero: codes, scales and zero points.
 
 Act-order (g_idx): columns are stored sorted by group, and `perm` names the original column of each stored
-one, so that the kernel gathers x instead of scales. Groups of uneven size are padded to whole runs of 32
+one, so that x is gathered instead of scales. Groups of uneven size are padded to whole runs of 32
 columns and stored as groups of 32.
 
 Gate and up: of a weight [gate; up] each stored tile of 16 rows has 8 rows of gate and the 8 rows of up that

@@ -84,43 +84,8 @@ class Wna16Problem:
 
 
 @dataclass(frozen=True, slots=True)
-class Wna16GateUpSiluProblem:
-    """``silu(x @ gate.T) * (x @ up.T)``, with the fields of `Wna16Problem` for the weight [gate; up].
-
-    N: rows of gate and up together, so the output has N / 2 columns.
-    """
-
-    operator: ClassVar[str] = "wna16_gate_up_silu"
-
-    N: int
-    K: int
-    bits: int
-    group_size: int | Literal["channel"]
-    symmetric: bool
-    has_g_idx: bool
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def linear(self) -> Wna16Problem:
-        """The product with [gate; up], as a problem of its own."""
-        return Wna16Problem(
-            self.N,
-            self.K,
-            self.bits,
-            self.group_size,
-            self.symmetric,
-            self.has_g_idx,
-            self.dtype,
-            self.device,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Wna16LinearRmsNormProblem:
-    """A product as in `Wna16Problem`, added to a residual stream, and the RMS norm of the stream's rows."""
-
-    operator: ClassVar[str] = "wna16_linear_rms_norm"
+class _AroundLinear:
+    """A product and what is done with it in the same call: the fields of `Wna16Problem`, for the weight."""
 
     N: int
     K: int
@@ -144,6 +109,23 @@ class Wna16LinearRmsNormProblem:
             self.dtype,
             self.device,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Wna16GateUpSiluProblem(_AroundLinear):
+    """``silu(x @ gate.T) * (x @ up.T)`` with one weight [gate; up].
+
+    N: rows of gate and up together, so the output has N / 2 columns.
+    """
+
+    operator: ClassVar[str] = "wna16_gate_up_silu"
+
+
+@dataclass(frozen=True, slots=True)
+class Wna16LinearRmsNormProblem(_AroundLinear):
+    """A product as in `Wna16Problem`, added to a residual stream, and the RMS norm of the stream's rows."""
+
+    operator: ClassVar[str] = "wna16_linear_rms_norm"
 
     @property
     def norm(self) -> RmsNormProblem:
