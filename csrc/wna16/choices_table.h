@@ -1,5 +1,5 @@
-// Written by choices_table.py from stream_sweep.txt, gemm_sm90_sweep.txt and chain_sweep.txt: the fastest
-// way of each kernel as measured on an H100, and its microseconds.
+// Written by choices_table.py from stream_sweep.txt, gemm_sm90_sweep.txt and chain_sweep.txt: the
+// fastest way of each kernel as measured on an H100, and its microseconds.
 #pragma once
 
 namespace qsun {

@@ -91,8 +91,8 @@ def rows(kernel: str, folder: Path) -> list[str]:
 def header(folder: Path = HERE) -> str:
     """The text of choices_table.h, from the files of `folder`."""
     lines = [
-        "// Written by choices_table.py from stream_sweep.txt, gemm_sm90_sweep.txt and chain_sweep.txt: the fastest",
-        "// way of each kernel as measured on an H100, and its microseconds.",
+        "// Written by choices_table.py from stream_sweep.txt, gemm_sm90_sweep.txt and chain_sweep.txt: the",
+        "// fastest way of each kernel as measured on an H100, and its microseconds.",
         "#pragma once",
         "",
         "namespace qsun {",
