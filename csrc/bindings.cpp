@@ -583,7 +583,7 @@ void bind_write_kv_cache(py::module_& m) {
          uintptr_t q_norm, uintptr_t k_norm, float eps, bool rotate, int64_t num_tokens, int64_t num_q_heads,
          int64_t num_kv_heads, int64_t head_dim, int64_t num_blocks, int64_t block_size,
          int64_t max_positions, int64_t q_stride, int64_t k_stride, int64_t v_stride, int kv_dtype,
-         int kv_scales, int dtype, int device, uintptr_t stream) {
+         int kv_scales, bool settled, int dtype, int device, uintptr_t stream) {
         qsun::WriteKvCacheParams p;
         p.k = pointer(k);
         p.v = pointer(v);
@@ -612,14 +612,15 @@ void bind_write_kv_cache(py::module_& m) {
         p.v_stride = v_stride;
         p.kv_dtype = static_cast<qsun::DType>(kv_dtype);
         p.kv_scales = static_cast<qsun::KvScales>(kv_scales);
+        p.settled = settled;
         place(p, dtype, device, stream);
         check(qsun::write_kv_cache(p));
       },
       "k"_a, "v"_a, "q"_a, "q_out"_a, "k_cache"_a, "v_cache"_a, "k_scale"_a, "v_scale"_a, "slot_mapping"_a,
       "positions"_a, "cos_sin"_a, "q_norm"_a, "k_norm"_a, "eps"_a, "rotate"_a, "num_tokens"_a,
       "num_q_heads"_a, "num_kv_heads"_a, "head_dim"_a, "num_blocks"_a, "block_size"_a, "max_positions"_a,
-      "q_stride"_a, "k_stride"_a, "v_stride"_a, "kv_dtype"_a, "kv_scales"_a, "dtype"_a, "device"_a,
-      "stream"_a);
+      "q_stride"_a, "k_stride"_a, "v_stride"_a, "kv_dtype"_a, "kv_scales"_a, "settled"_a, "dtype"_a,
+      "device"_a, "stream"_a);
 }
 
 // ---- the small operators of a decode step
@@ -644,7 +645,7 @@ void bind_fused(py::module_& m) {
       "rms_norm",
       [](uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t out, uintptr_t residual_out,
          int64_t num_rows, int64_t hidden_size, int64_t x_stride, int64_t residual_stride, float eps,
-         int dtype, int device, uintptr_t stream) {
+         bool prefetch_weight, int dtype, int device, uintptr_t stream) {
         qsun::RmsNormParams p;
         p.x = pointer(x);
         p.residual = pointer(residual);
@@ -656,11 +657,12 @@ void bind_fused(py::module_& m) {
         p.x_stride = x_stride;
         p.residual_stride = residual_stride;
         p.eps = eps;
+        p.prefetch_weight = prefetch_weight;
         place(p, dtype, device, stream);
         check(qsun::rms_norm(p));
       },
       "x"_a, "residual"_a, "weight"_a, "out"_a, "residual_out"_a, "num_rows"_a, "hidden_size"_a, "x_stride"_a,
-      "residual_stride"_a, "eps"_a, "dtype"_a, "device"_a, "stream"_a);
+      "residual_stride"_a, "eps"_a, "prefetch_weight"_a, "dtype"_a, "device"_a, "stream"_a);
   m.def(
       "silu_and_mul",
       [](uintptr_t x, uintptr_t out, int64_t num_rows, int64_t size, int64_t x_stride, int dtype, int device,

@@ -37,6 +37,81 @@ struct PrefixParts {
   int count;
 };
 
+// Where a lane's e-th element of a row of head_dim lies while parts are merged: next to each other where a
+// load takes several.
+template <int kHeadDim>
+__device__ __forceinline__ int element_of(int lane, int e) {
+  constexpr int kElements = kHeadDim / kWarp;
+  constexpr int kLoad = kElements % 4 == 0 ? 4 : kElements % 2 == 0 ? 2 : 1;  // of a load
+  return e / kLoad * (kWarp * kLoad) + lane * kLoad + e % kLoad;
+}
+
+template <int kHeadDim>
+__device__ __forceinline__ void load_part(const float* row, int lane, float (&values)[kHeadDim / kWarp]) {
+  constexpr int kElements = kHeadDim / kWarp;
+#pragma unroll
+  for (int e = 0; e < kElements;) {
+    const float* source = row + element_of<kHeadDim>(lane, e);
+    if constexpr (kElements % 4 == 0) {
+      const float4 four = load_past_l1(reinterpret_cast<const float4*>(source));
+      values[e++] = four.x, values[e++] = four.y, values[e++] = four.z, values[e++] = four.w;
+    } else if constexpr (kElements % 2 == 0) {
+      const float2 two = load_past_l1(reinterpret_cast<const float2*>(source));
+      values[e++] = two.x, values[e++] = two.y;
+    } else {
+      values[e++] = load_past_l1(source);
+    }
+  }
+}
+
+// A row to which parts are added in their order, by one warp. Sums are relative to the maximum so far.
+template <int kHeadDim>
+struct MergedRow {
+  static constexpr int kElements = kHeadDim / kWarp;  // of a lane
+  // Parts that are asked for before one is looked at: each round waits for the L2, which takes longer than
+  // all else that the merge does.
+  static constexpr int kAhead = kElements <= 4 ? 16 : 64 / kElements;
+
+  float maximum = -INFINITY;
+  float sum = 0.0f;  // this lane's share
+  float values[kElements] = {};
+
+  // row_at(i): the i-th part's row in `from`.
+  template <typename RowAt>
+  __device__ __forceinline__ void add(int count, const PartialRows& from, int lane, const RowAt& row_at) {
+#pragma unroll 1
+    for (int base = 0; base < count; base += kAhead) {
+      const int some = min(count - base, kAhead);
+      float lse = -INFINITY;  // of the lane's part
+      if (lane < some) lse = load_past_l1(from.lse + row_at(base + lane));
+      float loaded[kAhead][kElements];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (i >= some) break;
+        load_part<kHeadDim>(from.out + row_at(base + i) * kHeadDim, lane, loaded[i]);
+      }
+      float highest = fmaxf(maximum, lse);
+#pragma unroll
+      for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+        highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, distance));
+      }
+      const float reference = reference_of(highest);
+      const float kept = exp2f(maximum - reference), weight = exp2f(lse - reference);
+      maximum = highest;
+      sum = sum * kept + weight;
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) values[e] *= kept;
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (i >= some) break;
+        const float of_part = __shfl_sync(kAllLanes, weight, i);
+#pragma unroll
+        for (int e = 0; e < kElements; ++e) values[e] += of_part * loaded[i][e];
+      }
+    }
+  }
+};
+
 // Results of one request under one key head. In one part and without a shared prefix they are final; else the
 // part's rows go to scratch. kMayShare: whether there are shared prefixes at all.
 template <typename T, int kHeadDim, bool kMayShare = true>
@@ -96,53 +171,25 @@ struct Results {
   }
 
   // Puts the parts' rows together, those of the prefix in front, in the order of the parts. A warp a row; all
-  // lanes take part. Own parts and those of the prefix have loops of their own: to find out of each part
-  // which it is costs more than its loads.
+  // lanes take part.
   __device__ __forceinline__ void merge(int warp, int warps, int lane) const {
-    constexpr int kElements = kHeadDim / kWarp;  // of a lane
     const PrefixParts prefix = prefix_parts();
-    const int parts = last_part - first_part + 1;
 #pragma unroll 1
     for (int row = warp; row < a.rows; row += warps) {
-      const auto own_row = [&](int i) { return slot_row(first_part + i, row); };
-      const auto prefix_row = [&](int i) { return prefix.row + static_cast<int64_t>(i) * kPrefixRows + row; };
-      float maximum = -INFINITY;
-      const auto see = [&](int count, const float* lse, const auto& row_at) {
-#pragma unroll 1
-        for (int i = lane; i < count; i += kWarp) maximum = fmaxf(maximum, load_past_l1(lse + row_at(i)));
-      };
-      if (prefix.count > 0) see(prefix.count, a.prefix_rows.lse, prefix_row);
-      see(parts, a.partial.lse, own_row);
-#pragma unroll
-      for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-        maximum = fmaxf(maximum, __shfl_xor_sync(kAllLanes, maximum, distance));
+      MergedRow<kHeadDim> merged;
+      if (prefix.count > 0) {
+        merged.add(prefix.count, a.prefix_rows, lane,
+                   [&](int i) { return prefix.row + static_cast<int64_t>(i) * kPrefixRows + row; });
       }
-      const float reference = reference_of(maximum);
-      float sum = 0.0f;
-      float values[kElements] = {};
-      const auto add = [&](int count, const PartialRows& from, const auto& row_at) {
-#pragma unroll 1
-        for (int base = 0; base < count; base += kWarp) {
-          float weight = 0.0f;
-          if (base + lane < count) weight = exp2f(load_past_l1(from.lse + row_at(base + lane)) - reference);
-          sum += weight;
-          const int some = min(count - base, kWarp);
-#pragma unroll 4
-          for (int i = 0; i < some; ++i) {
-            const float of_part = __shfl_sync(kAllLanes, weight, i);
-            const float* source = from.out + row_at(base + i) * kHeadDim + lane;
-#pragma unroll
-            for (int e = 0; e < kElements; ++e) values[e] += of_part * load_past_l1(source + e * kWarp);
-          }
-        }
-      };
-      if (prefix.count > 0) add(prefix.count, a.prefix_rows, prefix_row);
-      add(parts, a.partial, own_row);
+      merged.add(last_part - first_part + 1, a.partial, lane,
+                 [&](int i) { return slot_row(first_part + i, row); });
       const RowPlace place = load_row_place(places, row);
-      const RowTotal total = total_of(maximum, warp_sum(sum), sink_of(place));
-      T* out = target(row) + lane;
+      const RowTotal total = total_of(merged.maximum, warp_sum(merged.sum), sink_of(place));
+      T* out = target(row);
 #pragma unroll
-      for (int e = 0; e < kElements; ++e) out[e * kWarp] = from_float<T>(values[e] * total.factor);
+      for (int e = 0; e < kHeadDim / kWarp; ++e) {
+        out[element_of<kHeadDim>(lane, e)] = from_float<T>(merged.values[e] * total.factor);
+      }
       if (lane == 0) a.p.lse[row_of(place)] = total.lse * kLn2;
     }
   }

@@ -162,7 +162,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
   const PlanHeader plan = load_settled(a.plan.header);
   const PartStart start = load_settled(a.plan.parts + part);  // undefined where the part has nothing
   if (part >= plan.used) {
-    wait_for_producers();  // a launch that has ended is to say that those before it have
+    // That a launch has ended is to say that those before it have: one block is enough for that.
+    if (part == 0) wait_for_producers();
     return;
   }
   const int items = kIsPrefixes ? plan.items : static_cast<int>(a.p.batch);

@@ -2,7 +2,8 @@
 //
 // Unlike all others they call launch_dependents() after wait_for_producers(), not before: what follows them
 // then starts only when all that is in front of them has ended, and may read it before it waits for what they
-// write. Attention does (follows_write). They are short, so little is lost by it.
+// write. Attention does (follows_write). Where the caller says that all this is older still (settled), they
+// let the next launch start at once, and read their own indices, angles and weights before they wait.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -26,14 +26,16 @@ struct ScatterArguments {
   int64_t head_units;
   int64_t num_blocks;
   int64_t block_size;
+  bool settled;
 };
 
 template <typename Unit>
 __global__ void __launch_bounds__(kThreads) write_kv_cache_kernel(ScatterArguments a) {
   const int64_t token_units = a.num_heads * a.head_units;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-  wait_for_producers();
+  if (!a.settled) wait_for_producers();
   launch_dependents();  // see write_kv.h
+  if (a.settled) wait_for_producers();
   for (int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
        at < a.num_tokens * token_units; at += step) {
     const int64_t token = at / token_units;
@@ -69,6 +71,7 @@ cudaError_t launch_units(const WriteKvCacheParams& p, const WriteKvCacheConfig& 
   a.head_units = p.head_dim / elements;
   a.num_blocks = p.num_blocks;
   a.block_size = p.block_size;
+  a.settled = p.settled;
   const int64_t num_units = a.num_tokens * a.num_heads * a.head_units;
   LaunchOptions options;
   options.overlaps_producer = config.overlaps_producer;

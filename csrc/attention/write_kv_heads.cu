@@ -254,26 +254,14 @@ __global__ void __launch_bounds__(kThreads) write_kv_heads_kernel(const __grid_c
   place.low_count = has_head ? max(0, min(kSize, a.half - place.low)) : 0;
   place.high_count = has_head ? max(0, min(kSize, head_dim - place.high)) : 0;
 
-  wait_for_producers();
+  if (!p.settled) wait_for_producers();
   launch_dependents();  // see write_kv.h
-  if (kind == Kind::kValue && tile >= a.kv_tiles) return;
 
-  // Load: all that waits for nothing, then what a position leads to
-  const T* source;
-  if (kind == Kind::kQuery) {
-    source = static_cast<const T*>(p.q) + token * p.q_stride;
-  } else if (kind == Kind::kKey) {
-    source = static_cast<const T*>(p.k) + token * p.k_stride;
-  } else {
-    source = static_cast<const T*>(p.v) + token * p.v_stride;
-  }
-  source += head * head_dim;
+  // Load: all that waits for nothing, what a position leads to, then what is new
   const bool normalizes = kind != Kind::kValue && p.k_norm != nullptr;
   const bool embeds = kind != Kind::kValue && p.cos_sin != nullptr;
-  const int64_t slot = kind == Kind::kQuery ? 0 : p.slot_mapping[token];
-  const int64_t position = embeds ? p.positions[token] : 0;
-  const Raw low = load_part<kWide>(source + place.low, place.low_count);
-  const Raw high = load_part<kWide>(source + place.high, place.high_count);
+  const int64_t slot = kind == Kind::kQuery ? 0 : load_past_l1(p.slot_mapping + token);
+  const int64_t position = embeds ? load_past_l1(p.positions + token) : 0;
   Raw low_weight, high_weight;
   if (normalizes) {
     const auto* weight = static_cast<const T*>(kind == Kind::kQuery ? p.q_norm : p.k_norm);
@@ -287,6 +275,19 @@ __global__ void __launch_bounds__(kThreads) write_kv_heads_kernel(const __grid_c
     load_angles<kWide>(angles, place.low_count, cosine);
     load_angles<kWide>(angles + a.half, place.low_count, sine);
   }
+  if (p.settled) wait_for_producers();
+  if (kind == Kind::kValue && tile >= a.kv_tiles) return;
+  const T* source;
+  if (kind == Kind::kQuery) {
+    source = static_cast<const T*>(p.q) + token * p.q_stride;
+  } else if (kind == Kind::kKey) {
+    source = static_cast<const T*>(p.k) + token * p.k_stride;
+  } else {
+    source = static_cast<const T*>(p.v) + token * p.v_stride;
+  }
+  source += head * head_dim;
+  const Raw low = load_part<kWide>(source + place.low, place.low_count);
+  const Raw high = load_part<kWide>(source + place.high, place.high_count);
   if (slot < 0) return;
   const int64_t row = kind == Kind::kQuery ? token * p.num_q_heads + head : cache_row(a, slot, head);
 

@@ -1,8 +1,8 @@
 // Root-mean-square norm of rows, with an optional residual added first.
 //
 // One block a row: r = x (+ residual) is written and its squares are summed, then the row is scaled. Decode
-// has few rows, so latency decides. The weight is asked for together with x, not after the sum, since a step
-// reads it once and finds it in no cache. Rows of up to two vectors a thread stay in registers; of longer
+// has few rows, so latency decides. The weight is asked for before the launch waits for x, since a step reads
+// it once and finds it in no cache. Rows of up to two vectors a thread stay in registers; of longer
 // ones each thread reads back what it wrote or read itself.
 #include "qsun/rms_norm.h"
 
@@ -74,7 +74,7 @@ __device__ __forceinline__ Vector<T, kSize> residual_stream(const RmsNormParams&
 template <typename T, int kSize, bool kHolds>
 __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const __grid_constant__ RmsNormParams p) {
   launch_dependents();
-  wait_for_producers();
+  if (!kHolds || !p.prefetch_weight) wait_for_producers();
 
   // Rows
   const int64_t row = blockIdx.x;
@@ -92,6 +92,7 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const __grid_cons
     for (int i = 0; i < kNormVectors; ++i) {
       if (first + i * step < p.hidden_size) weights[i] = load<kSize>(weight + first + i * step);
     }
+    if (p.prefetch_weight) wait_for_producers();
     float squares = 0.0f;
 #pragma unroll
     for (int i = 0; i < kNormVectors; ++i) {

@@ -77,18 +77,19 @@ __global__ void __launch_bounds__(kMaxThreads)
 #pragma unroll
   for (int v = 0; v < kNormVectors; ++v) count += first + v * step < p.N ? 1 : 0;
   cluster_barrier();
-  wait_for_producers();
-
-  // The row: as write_unit() makes it
+  if (!p.prefetch_weights) wait_for_producers();
   Vector<T, kUnit> weights[kNormVectors], residual[kNormVectors], held[kNormVectors];
 #pragma unroll
   for (int v = 0; v < kNormVectors; ++v) {
-    if (v >= count) continue;
-    const int64_t n = first + v * step;
-    weights[v] = load<kUnit>(static_cast<const T*>(p.norm_weight) + n);
-    if (p.residual != nullptr) {
-      residual[v] = load<kUnit>(static_cast<const T*>(p.residual) + m * p.residual_stride + n);
-    }
+    if (v < count) weights[v] = load<kUnit>(static_cast<const T*>(p.norm_weight) + first + v * step);
+  }
+  if (p.prefetch_weights) wait_for_producers();
+
+  // The row: as write_unit() makes it
+#pragma unroll
+  for (int v = 0; v < kNormVectors; ++v) {
+    if (v >= count || p.residual == nullptr) continue;
+    residual[v] = load<kUnit>(static_cast<const T*>(p.residual) + m * p.residual_stride + first + v * step);
   }
   float values[kNormVectors][kUnit];
   add_up<kAtOnce>(static_cast<const float*>(p.scratch) + m * row_stride + first, p.M * row_stride, splits,

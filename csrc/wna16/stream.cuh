@@ -138,6 +138,12 @@ __device__ __forceinline__ void multiply_block(const StreamArguments& a, uint32_
   }
 }
 
+// What an output takes besides its product.
+template <typename T>
+struct Addends {
+  T bias, residual;
+};
+
 template <typename T, int kBits, int kTokenTiles, int kRowTiles, bool kEngine>
 __global__ void __launch_bounds__(max_stream_warps(kTokenTiles, kRowTiles, kBits) * kWarpLanes,
                                   stream_blocks_per_sm(kTokenTiles, kRowTiles))
@@ -211,6 +217,27 @@ __global__ void __launch_bounds__(max_stream_warps(kTokenTiles, kRowTiles, kBits
     uint32_t read = ring, read_barrier = barriers, parity = 0;
 #pragma unroll 1
     for (int tile = first_tile; tile < end_tile; tile += kRowTiles) {
+      // Outputs of this tile: token and column of each
+      const int is_pair = a.p.gate_up ? 1 : 0;  // an output takes a row of gate and one of up
+      const int64_t n0 = static_cast<int64_t>(tile) * kTileRows >> is_pair;
+      const int columns = min(min(end_tile - tile, kRowTiles) * kTileRows >> is_pair,
+                              static_cast<int>((a.p.N >> is_pair) - n0));
+      const int columns_log2 = log2_of(kRows) - is_pair;
+      const int outputs = x_rows << columns_log2;
+      const auto addends_of = [&](int i) {
+        const int token = i >> columns_log2, column = i & ((1 << columns_log2) - 1);
+        Addends<T> addends{from_float<T>(0.0f), from_float<T>(0.0f)};
+        if (is_pair || i >= outputs || column >= columns) return addends;
+        if (a.p.bias != nullptr) addends.bias = static_cast<const T*>(a.p.bias)[n0 + column];
+        if (a.p.residual != nullptr) {
+          addends.residual =
+              static_cast<const T*>(a.p.residual)[(m0 + token) * a.p.residual_stride + n0 + column];
+        }
+        return addends;
+      };
+      // A thread's first output is often its only one: what is added to it comes while products are made.
+      const Addends<T> first_addends = addends_of(static_cast<int>(threadIdx.x));
+
       // Multiply
       float sums[kRowTiles][kTokenTiles][4] = {};
 #pragma unroll 1
@@ -260,15 +287,9 @@ __global__ void __launch_bounds__(max_stream_warps(kTokenTiles, kRowTiles, kBits
       // Add up warps, in order
       constexpr bool kExact = kTokenTiles <= kExactTokenTiles;
       constexpr float kUnshift = kExact ? static_cast<float>(1u << kExactShift<T, kBits>) : 1.0f;
-      const int is_pair = a.p.gate_up ? 1 : 0;  // an output takes a row of gate and one of up
-      const int64_t n0 = static_cast<int64_t>(tile) * kTileRows >> is_pair;
-      const int columns = min(min(end_tile - tile, kRowTiles) * kTileRows >> is_pair,
-                              static_cast<int>((a.p.N >> is_pair) - n0));
-      const int columns_log2 = log2_of(kRows) - is_pair;
       auto* out = static_cast<T*>(a.p.out) + m0 * a.p.out_stride + n0;
 #pragma unroll 1
-      for (int i = static_cast<int>(threadIdx.x); i < x_rows << columns_log2;
-           i += static_cast<int>(blockDim.x)) {
+      for (int i = static_cast<int>(threadIdx.x); i < outputs; i += static_cast<int>(blockDim.x)) {
         const int token = i >> columns_log2, column = i & ((1 << columns_log2) - 1);
         if (column >= columns) continue;
         const int row = is_pair ? column / 8 * kTileRows + column % 8 : column;
@@ -286,11 +307,9 @@ __global__ void __launch_bounds__(max_stream_warps(kTokenTiles, kRowTiles, kBits
         if (is_pair) {
           value *= silu(gate);
         } else {
-          if (a.p.bias != nullptr) value += to_float(static_cast<const T*>(a.p.bias)[n0 + column]);
-          if (a.p.residual != nullptr) {
-            value += to_float(
-                static_cast<const T*>(a.p.residual)[(m0 + token) * a.p.residual_stride + n0 + column]);
-          }
+          const Addends<T> addends = i == static_cast<int>(threadIdx.x) ? first_addends : addends_of(i);
+          if (a.p.bias != nullptr) value += to_float(addends.bias);
+          if (a.p.residual != nullptr) value += to_float(addends.residual);
         }
         out[token * a.p.out_stride + column] = from_float<T>(value);
       }

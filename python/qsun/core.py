@@ -90,11 +90,14 @@ class ForwardContext:
 
     positions: int64 (T,), position of each token in its sequence.
     slot_mapping: int64 (T,), where its K and V go: block * block_size + offset; negative: nowhere (padding).
+    settled: a layer of this pass has written its keys.  Whatever was launched before the pass had then ended
+        when that write began, and so have all inputs of the pass: later layers read them early.
     """
 
     positions: Tensor
     slot_mapping: Tensor
     attention: DecodeAttention | PrefillAttention
+    settled: bool = False
 
 
 def _number(name: str, value: object, expected: str) -> float:

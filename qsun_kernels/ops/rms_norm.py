@@ -17,13 +17,25 @@ __all__ = ["rms_norm"]
 
 @overload
 def rms_norm(
-    x: Tensor, weight: Tensor, *, eps: float, residual: None = None, backend: BackendName | None = None
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    residual: None = None,
+    prefetch_weight: bool = False,
+    backend: BackendName | None = None,
 ) -> Tensor: ...
 
 
 @overload
 def rms_norm(
-    x: Tensor, weight: Tensor, *, eps: float, residual: Tensor, backend: BackendName | None = None
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    residual: Tensor,
+    prefetch_weight: bool = False,
+    backend: BackendName | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -33,6 +45,7 @@ def rms_norm(
     *,
     eps: float,
     residual: Tensor | None = None,
+    prefetch_weight: bool = False,
     backend: BackendName | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``r / sqrt(mean(r**2) + eps) * weight`` over the last dimension (Zhang and Sennrich, arXiv 1910.07467).
@@ -41,6 +54,9 @@ def rms_norm(
     its dtype. Without a residual r is x, and the norm (..., H) is returned. With one, r is x + residual
     rounded to the dtype of x, and (norm, r) are returned: the input of the next layer and the residual
     stream. Arithmetic is float32.
+
+    prefetch_weight: a promise that no launch under way on the stream writes the weight. A kernel may then
+    read it while those in front still run; in traced code it does not.
 
     Raises TypeError or ValueError naming the argument, BackendUnavailable, RuntimeError if a gradient is
     wanted.
@@ -53,7 +69,7 @@ def rms_norm(
             "tuple[Tensor, Tensor]",
             torch.ops.qsun.rms_norm_residual(x, residual, weight, eps, backend=backend),
         )
-    return _launch(x, weight, eps, residual, backend)
+    return _launch(x, weight, eps, residual, prefetch_weight, backend)
 
 
 def _check(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> None:
@@ -71,22 +87,27 @@ def _check(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> No
 
 
 def _launch(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, backend: str | None
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    prefetch_weight: bool,
+    backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     run = launcher(
         requested_backend(backend), RmsNormProblem, x.shape[-1], residual is not None, x.dtype, x.device
     )
-    return cast("Tensor | tuple[Tensor, Tensor]", run(x, weight, eps, residual))
+    return cast("Tensor | tuple[Tensor, Tensor]", run(x, weight, eps, residual, prefetch_weight))
 
 
 def _run(x: Tensor, weight: Tensor, eps: float, *, backend: str | None = None) -> Tensor:
-    return cast(Tensor, _launch(x, weight, eps, None, backend))
+    return cast(Tensor, _launch(x, weight, eps, None, False, backend))
 
 
 def _run_residual(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    return cast("tuple[Tensor, Tensor]", _launch(x, weight, eps, residual, backend))
+    return cast("tuple[Tensor, Tensor]", _launch(x, weight, eps, residual, False, backend))
 
 
 def _fake(x: Tensor, weight: Tensor, eps: float, *, backend: str | None = None) -> Tensor:

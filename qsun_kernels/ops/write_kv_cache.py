@@ -33,6 +33,7 @@ def write_kv_cache(
     rotate: bool = False,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    settled: bool = False,
     backend: BackendName | None = None,
 ) -> None: ...
 
@@ -54,6 +55,7 @@ def write_kv_cache(
     rotate: bool = False,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    settled: bool = False,
     backend: BackendName | None = None,
 ) -> Tensor: ...
 
@@ -74,6 +76,7 @@ def write_kv_cache(
     rotate: bool = False,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    settled: bool = False,
     backend: BackendName | None = None,
 ) -> Tensor | None:
     """Write the key and value of each token to its slot, ``block * block_size + offset``; a negative slot
@@ -100,14 +103,23 @@ def write_kv_cache(
     q (T, Hq, D) like k: goes through the same steps, for skipped tokens too, and is returned contiguous.
     Without q, None is returned.
 
+    settled: a promise that slot_mapping, positions, cos_sin and the norms were complete before the launch in
+    front of this one began, and all that a `paged_attention_decode` behind this call reads with
+    `follows_write`. So is whatever was complete before an earlier call without this promise on the same
+    stream: nothing behind such a call begins before what is in front of it has ended. A kernel may then read
+    them, and let the next launch begin, while those in front still run; in traced code it does not. A promise
+    that does not hold is not noticed, and gives old values for new ones.
+
     Raises TypeError or ValueError naming the argument, BackendUnavailable, RuntimeError if a gradient is
     wanted.
     """
+    if not isinstance(settled, bool):
+        raise TypeError(f"settled is {settled!r}, expected True or False")
     steps = (positions, cos_sin, q_norm, k_norm, eps, rotate, k_scale, v_scale)
     _check(k, v, k_cache, v_cache, slot_mapping, q, *steps)
     tensors = (k, v, k_cache, v_cache, slot_mapping, q, positions, cos_sin, q_norm, k_norm, k_scale, v_scale)
     if not is_traced(*tensors):
-        return _launch(k, v, k_cache, v_cache, slot_mapping, q, *steps, backend)
+        return _launch(k, v, k_cache, v_cache, slot_mapping, q, *steps, settled, backend)
     after_norm = (eps, rotate, k_scale, v_scale)
     if q is None:
         torch.ops.qsun.write_kv_cache(
@@ -210,6 +222,7 @@ def _launch(
     rotate: bool,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    settled: bool,
     backend: str | None,
 ) -> Tensor | None:
     if checked_mode.ENABLED:
@@ -231,7 +244,7 @@ def _launch(
         rotate,
     )
     steps = (positions, cos_sin, q_norm, k_norm, eps, rotate, k_scale, v_scale)
-    return cast("Tensor | None", run(k, v, k_cache, v_cache, slot_mapping, q, *steps))
+    return cast("Tensor | None", run(k, v, k_cache, v_cache, slot_mapping, q, *steps, settled))
 
 
 def _run(
@@ -251,7 +264,7 @@ def _run(
     backend: str | None = None,
 ) -> None:
     steps = (positions, cos_sin, None, k_norm, eps, rotate, k_scale, v_scale)
-    _launch(k, v, k_cache, v_cache, slot_mapping, None, *steps, backend)
+    _launch(k, v, k_cache, v_cache, slot_mapping, None, *steps, False, backend)
 
 
 def _run_with_q(
@@ -273,7 +286,7 @@ def _run_with_q(
     backend: str | None = None,
 ) -> Tensor:
     steps = (positions, cos_sin, q_norm, k_norm, eps, rotate, k_scale, v_scale)
-    return cast(Tensor, _launch(k, v, k_cache, v_cache, slot_mapping, q, *steps, backend))
+    return cast(Tensor, _launch(k, v, k_cache, v_cache, slot_mapping, q, *steps, False, backend))
 
 
 def _fake(k: Tensor, *others: object, backend: str | None = None) -> None:

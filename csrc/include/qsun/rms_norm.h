@@ -24,6 +24,9 @@ struct RmsNormParams {
   int64_t x_stride = 0;
   int64_t residual_stride = 0;
   float eps = 0.0f;
+  // A promise: no kernel that this launch depends on writes the weight, which is then read before they have
+  // ended.
+  bool prefetch_weight = false;
   DType dtype = DType::kFloat32;
   int device = 0;
   Stream stream = nullptr;

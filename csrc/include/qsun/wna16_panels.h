@@ -38,8 +38,8 @@ struct Wna16PanelsParams {
   bool has_zeros = false;    // zero points are stored; else every zero is 2^(bits - 1)
   bool gate_up = false;  // rows are gate and up, interleaved (panels.h); bias, residual and norm must be null
   bool batch_invariant = false;  // a row of out depends on nothing but its row of x
-  // Weights are read before the kernels that this launch depends on have ended. Set to false where one of
-  // them writes the weight.
+  // Weights, that of the norm too, are read before the kernels that this launch depends on have ended. Set to
+  // false where one of them writes the weight.
   bool prefetch_weights = true;
   DType dtype = DType::kBFloat16;  // kFloat16 or kBFloat16
   int device = 0;

@@ -49,6 +49,11 @@ struct WriteKvCacheParams {
   int64_t v_stride = 0;
   DType kv_dtype = DType::kFloat32;
   KvScales kv_scales = KvScales::kNone;
+  // A promise: slot_mapping, positions, cos_sin, q_norm and k_norm, and what a launch behind this one reads
+  // before it waits (PagedAttentionDecodeParams::follows_write), were complete when the launch in front of
+  // this one began. So is all that was in front of an earlier call without this promise on the stream: that
+  // call lets nothing begin before what is in front of it has ended.
+  bool settled = false;
   DType dtype = DType::kFloat32;
   int device = 0;
   Stream stream = nullptr;

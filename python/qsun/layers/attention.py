@@ -87,6 +87,7 @@ class Attention:
             rotate=kv.rotates,
             k_scale=kv.k_scale,
             v_scale=kv.v_scale,
+            settled=ctx.settled,
         )
         if isinstance(ctx.attention, DecodeAttention):
             out = paged_attention_decode(

@@ -81,6 +81,8 @@ class DecoderStack:
         for index, layer in enumerate(self.layers):
             kv = kv_cache.layer(index)
             normed, stream = layer(normed, stream, ctx, kv, self.cos_sin, norms[index + 1])
+            if not ctx.settled:
+                ctx = replace(ctx, settled=True)
         return normed
 
     __call__ = forward

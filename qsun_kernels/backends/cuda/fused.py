@@ -21,7 +21,7 @@ def describe_rms_norm(problem: RmsNormProblem) -> str:
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, prefetch_weight: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
     rows = library.rows(x)
     added = None if residual is None else library.rows(residual)
@@ -39,6 +39,7 @@ def rms_norm(
         rows.stride(0),
         library.row_stride(added),
         eps,
+        prefetch_weight,
         library.DTYPE_CODES[x.dtype],
         device,
         library.stream(device),

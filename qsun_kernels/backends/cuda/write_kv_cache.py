@@ -68,6 +68,7 @@ def write_kv_cache(
     rotate: bool = False,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    settled: bool = False,
 ) -> Tensor | None:
     num_tokens, num_kv_heads, head_dim = k.shape
     scales: KvScales = "none"
@@ -105,6 +106,7 @@ def write_kv_cache(
         v.stride(0),
         library.CACHE_DTYPE_CODES[k_cache.dtype],
         library.SCALES_CODES[scales],
+        settled,
         library.DTYPE_CODES[k.dtype],
         device,
         library.stream(device),

@@ -18,7 +18,9 @@ def describe(problem: RmsNormProblem) -> str:
     return "torch operations in float32"
 
 
-def run(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+def run(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, prefetch_weight: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     """``y = r / sqrt(mean(r**2) + eps) * weight`` (arXiv 1910.07467), r = x, or x + residual rounded to
     x.dtype.
 

@@ -41,6 +41,7 @@ def run(
     rotate: bool = False,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    settled: bool = False,
 ) -> Tensor | None:
     """Norm, rotary embedding and rotation of q and k; then
     ``cache[slot // block_size, :, slot % block_size] = row`` for each token; tokens with a negative slot are

@@ -92,10 +92,10 @@ def rms_norm_kernel(
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, prefetch_weight: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Norm of x (..., H) by weight (H,): y (..., H), or (y, x + residual) when a residual (..., H) is
-    given."""
+    given. prefetch_weight: nothing here begins early."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     r = None if residual is None else torch.empty_like(y)
     H = x.shape[-1]

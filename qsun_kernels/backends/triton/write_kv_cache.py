@@ -74,9 +74,10 @@ def write_kv_cache(
     rotate: bool = False,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    settled: bool = False,
 ) -> Tensor | None:
     """k, v (T, Hkv, D) into the caches (num_blocks, Hkv, block_size, D) at slots slot_mapping (T,); q after
-    its steps."""
+    its steps. settled: nothing here begins early."""
     if q is None and positions is None and k_norm is None and k_scale is None:
         _copy_all(k, v, k_cache, v_cache, slot_mapping)
         return None

@@ -7,7 +7,9 @@ import torch
 
 from qsun.core import DecodeAttention, ForwardContext, PrefillAttention, PrefillChunk
 from qsun.kv_cache.tensors import KVCache
+from qsun.layers import attention as attention_layer
 from qsun.modules.decode import load_decode_module
+from qsun_kernels import write_kv_cache
 
 # Logits reach 10 to 20 here, and two orders of float32 summation differ by a few units in the last place of
 # each layer.
@@ -108,6 +110,23 @@ def test_rows_of_a_decode_batch_do_not_touch_each_other(tiny, paged):
     # One token a sequence was written, and nothing for the padding row.
     changed = (cache.layer(0).k != before).any(dim=3).any(dim=1).sum()
     assert int(changed) == 4
+
+
+def test_only_what_is_behind_a_layers_write_counts_as_settled(tiny, paged, monkeypatch) -> None:
+    """The inputs of a pass may still be on their way when its first layer writes, not when others do."""
+    decode = load_decode_module(tiny("llama").path, dtype=torch.float32, device="cpu")
+    seen: list[bool] = []
+
+    def write(*arguments, settled, **options):
+        seen.append(settled)
+        return write_kv_cache(*arguments, settled=settled, **options)
+
+    monkeypatch.setattr(attention_layer, "write_kv_cache", write)
+    sequence = paged(decode)
+    sequence.prefill([5, 6, 7])
+    sequence.step(8)
+    others = decode.config.num_layers - 1
+    assert others > 0 and seen == [False, *[True] * others] * 2
 
 
 def test_two_sequences_in_one_prefill_see_only_themselves(tiny, paged):

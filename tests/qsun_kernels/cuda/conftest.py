@@ -133,6 +133,21 @@ def emulated_instructions() -> ctypes.CDLL:
     return ctypes.CDLL(str(build_emulated("instructions", sources)))
 
 
+@pytest.fixture
+def guard(emulated_extension) -> Iterator[Callable[[torch.Tensor], None]]:
+    """Names memory that the launch in front writes."""
+    emulator = ctypes.CDLL(emulated_extension.__file__)
+    guarded = []  # kept until the emulator forgets them
+
+    def one(memory: torch.Tensor) -> None:
+        assert memory.is_contiguous()
+        guarded.append(memory)
+        emulator.guard_produced(ctypes.c_void_p(memory.data_ptr()), ctypes.c_int64(memory.nbytes))
+
+    yield one
+    emulator.forget_produced()
+
+
 def toolkit_headers() -> Path | None:
     """The folder with the CUDA toolkit's headers."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]

@@ -5,7 +5,6 @@ The emulator hides what the write writes until the kernel waits for it (emulator
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,21 +23,6 @@ from qsun_kernels.testing.judge import judge_paged_attention_decode
 
 # Parts that begin and end anywhere, lengths about the edges of quarters, slices and tiles.
 LENGTHS = (700, 3, 0, 129, 64, 65, 17, 192, 1)
-
-
-@pytest.fixture
-def guard(emulated_extension) -> Iterator[Callable[[Tensor], None]]:
-    """Names memory that the launch in front writes."""
-    emulator = ctypes.CDLL(emulated_extension.__file__)
-    guarded = []  # kept until the emulator forgets them
-
-    def one(memory: Tensor) -> None:
-        assert memory.is_contiguous()
-        guarded.append(memory)
-        emulator.guard_produced(ctypes.c_void_p(memory.data_ptr()), ctypes.c_int64(memory.nbytes))
-
-    yield one
-    emulator.forget_produced()
 
 
 def draw(
@@ -241,24 +225,6 @@ def test_what_is_older_is_read_at_once_around_shared_prefixes(emulated_kernels, 
     is_lost = attend(a, plan, True, config=config)[0].isnan().all(dim=-1).all(dim=-1)
     # Bytes of 0xff: no part has work. Without prefixes those are lost that begin behind one.
     assert is_lost.tolist() == ([True] * 3 if what == "plan" else [True, True, False])
-
-
-@pytest.mark.slow
-def test_the_write_lets_the_next_kernel_start_after_its_own_wait(
-    emulated_kernels, emulated_extension
-) -> None:
-    """Then all in front of the write has ended when attention starts. Other kernels trigger at once."""
-    emulator = ctypes.CDLL(emulated_extension.__file__)
-    source, dtype = inputs.generator(0), torch.bfloat16
-    q, k, v = inputs.qkv_views(source, 5, 4, 2, 64, dtype, torch.device("cpu"))
-    caches = [torch.zeros(3, 2, 16, 64, dtype=dtype) for _ in range(2)]
-    slots, positions = torch.arange(5), torch.arange(5)
-    emulated_kernels.run("write_kv_cache", k, v, *caches, slots)
-    assert emulator.triggered_before_wait() == 0
-    emulated_kernels.run("write_kv_cache", k, v, *caches, slots, q, positions, torch.rand(9, 64))
-    assert emulator.triggered_before_wait() == 0
-    emulated_kernels.run("rms_norm", q.contiguous(), torch.ones(64, dtype=dtype), 1e-5, None)
-    assert emulator.triggered_before_wait() == 1
 
 
 @pytest.mark.gpu

@@ -132,3 +132,27 @@ def test_the_norm_in_the_launch_that_adds_parts(
             assert norm.isnan().all()  # left to a launch of its own
         else:
             assert torch.equal(norm, run("rms_norm", plain, norm_weight, EPS, None))
+
+
+@pytest.mark.slow
+def test_the_norms_weight_is_read_while_the_parts_are_made(
+    emulated_kernels, emulated_extension, guard
+) -> None:
+    """The weight early; parts and residual, which launches in front write, only when those have ended."""
+    source, dtype = inputs.generator(0), torch.bfloat16
+    parts = inputs.normal(source, (3, 2, 4096), torch.float32)
+    residual, norm_weight = inputs.normal(source, (2, 4096), dtype), inputs.normal(source, (4096,), dtype)
+
+    def add() -> tuple[Tensor, Tensor]:
+        stream, norm = (torch.full((2, 4096), torch.nan, dtype=dtype) for _ in range(2))
+        assert add_parts(emulated_extension.__file__, parts, stream, None, residual, norm_weight, norm) > 0
+        return stream, norm
+
+    expected = add()
+    guard(parts)
+    guard(residual)
+    got = add()
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+    guard(norm_weight)
+    got = add()
+    assert torch.equal(got[0], expected[0]) and got[1].isnan().all()

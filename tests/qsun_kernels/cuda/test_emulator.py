@@ -558,6 +558,7 @@ def test_refused_clusters(call) -> None:
 
 def test_a_kernel_that_overlaps_its_producer_waits_for_it(call) -> None:
     assert call("dependent", 1, -1) == ""
+    assert call("dependent", 1, 1) == "", "one block is enough"
     assert call("dependent", 0, 5) == ""
     assert "without wait_for_producers()" in call("dependent", 1, 5)
 

@@ -80,6 +80,7 @@ WRITES: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({**q(head_dim=16), **ROPE}, ValueError, ["q has shape (5, 4, 16)", "(T, Hq, D) = (5, 4, 8)"]),
     ({**q(tokens=4), **ROPE}, ValueError, ["q has shape (4, 4, 8)"]),
     ({**q(dtype=F16), **ROPE}, TypeError, ["q has dtype torch.float16", "like k"]),
+    ({"settled": 1}, TypeError, ["settled is 1", "True or False"]),
     ({"q": torch.zeros(5, 4, 16)[..., ::2], **ROPE}, ValueError, ["q has strides"]),
     ({**q(), **NORMS, "q_norm": torch.ones(4)}, ValueError, ["q_norm has shape (4,)", "(D,) = (8,)"]),
     ({**q(), **NORMS, "k_norm": torch.ones(8, dtype=F16)}, TypeError, ["k_norm has dtype torch.float16"]),

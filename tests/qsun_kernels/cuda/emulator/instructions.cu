@@ -283,9 +283,9 @@ __global__ void sending_kernel(float* out, int misuse) {
   out[rank * threads + thread] = sum;
 }
 
-__global__ void dependent_kernel(int forgetful) {
+__global__ void dependent_kernel(int waiting_block) {
   launch_dependents();
-  if (static_cast<int>(threadIdx.x) != forgetful) wait_for_producers();
+  if (waiting_block < 0 || static_cast<int>(blockIdx.x) == waiting_block) wait_for_producers();
 }
 
 // ---- arithmetic
@@ -403,10 +403,10 @@ ENTRY sending(float* out, int ranks, int threads, int misuse) {
   return run(options, sending_kernel, dim3(ranks), threads, out, misuse);
 }
 
-ENTRY dependent(int overlaps, int forgetful) {
+ENTRY dependent(int overlaps, int waiting_block) {
   LaunchOptions options;
   options.overlaps_producer = overlaps != 0;
-  return run(options, dependent_kernel, dim3(2), 64, forgetful);
+  return run(options, dependent_kernel, dim3(2), 64, waiting_block);
 }
 
 ENTRY pairs(int dtype, const uint32_t* a, const uint32_t* b, const uint32_t* c, uint32_t* out, int n) {
