@@ -23,9 +23,13 @@
 namespace qsun {
 namespace {
 
+// Few registers are free here, since several blocks share a multiprocessor.
+template <int kHeadDim>
+constexpr int kCodesAhead = kHeadDim > 64 ? (kLaunchesOverlap ? 3 : 2) : 8;
+
 // Prefixes of codes are not shared.
 template <typename T, int kHeadDim>
-using CodesResults = Results<T, kHeadDim, false>;
+using CodesResults = Results<T, kHeadDim, false, kCodesAhead<kHeadDim>>;
 
 // The first element of head_dim of this lane's results i, i + 1 of CodesRows::out.
 template <typename Layout>

@@ -65,12 +65,12 @@ __device__ __forceinline__ void load_part(const float* row, int lane, float (&va
 }
 
 // A row to which parts are added in their order, by one warp. Sums are relative to the maximum so far.
-template <int kHeadDim>
+//
+// kAhead: parts that are asked for before one is looked at. Each round waits for the L2, which takes longer
+// than all else that the merge does.
+template <int kHeadDim, int kAhead>
 struct MergedRow {
   static constexpr int kElements = kHeadDim / kWarp;  // of a lane
-  // Parts that are asked for before one is looked at: each round waits for the L2, which takes longer than
-  // all else that the merge does.
-  static constexpr int kAhead = kElements <= 4 ? 16 : 64 / kElements;
 
   float maximum = -INFINITY;
   float sum = 0.0f;  // this lane's share
@@ -84,11 +84,10 @@ struct MergedRow {
       const int some = min(count - base, kAhead);
       float lse = -INFINITY;  // of the lane's part
       if (lane < some) lse = load_past_l1(from.lse + row_at(base + lane));
-      float loaded[kAhead][kElements];
+      float loaded[kAhead][kElements] = {};
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
-        if (i >= some) break;
-        load_part<kHeadDim>(from.out + row_at(base + i) * kHeadDim, lane, loaded[i]);
+        if (i < some) load_part<kHeadDim>(from.out + row_at(base + i) * kHeadDim, lane, loaded[i]);
       }
       float highest = fmaxf(maximum, lse);
 #pragma unroll
@@ -103,8 +102,7 @@ struct MergedRow {
       for (int e = 0; e < kElements; ++e) values[e] *= kept;
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
-        if (i >= some) break;
-        const float of_part = __shfl_sync(kAllLanes, weight, i);
+        const float of_part = __shfl_sync(kAllLanes, weight, i);  // 0 from part `some` on
 #pragma unroll
         for (int e = 0; e < kElements; ++e) values[e] += of_part * loaded[i][e];
       }
@@ -114,7 +112,8 @@ struct MergedRow {
 
 // Results of one request under one key head. In one part and without a shared prefix they are final; else the
 // part's rows go to scratch. kMayShare: whether there are shared prefixes at all.
-template <typename T, int kHeadDim, bool kMayShare = true>
+// kAhead: see MergedRow; as many as registers hold.
+template <typename T, int kHeadDim, bool kMayShare = true, int kAhead = (kHeadDim > 128 ? 4 : 16)>
 struct Results {
   const TilesArguments& a;
   const Share& share;
@@ -176,7 +175,7 @@ struct Results {
     const PrefixParts prefix = prefix_parts();
 #pragma unroll 1
     for (int row = warp; row < a.rows; row += warps) {
-      MergedRow<kHeadDim> merged;
+      MergedRow<kHeadDim, kAhead> merged;
       if (prefix.count > 0) {
         merged.add(prefix.count, a.prefix_rows, lane,
                    [&](int i) { return prefix.row + static_cast<int64_t>(i) * kPrefixRows + row; });
@@ -216,9 +215,9 @@ __device__ __forceinline__ void store_prefix_rows(const TilesArguments& a, const
 }
 
 // Nothing to attend to: zeros, and the sink's lse.
-template <typename T, int kHeadDim, bool kMayShare>
-__device__ __forceinline__ void store_nothing(const Results<T, kHeadDim, kMayShare>& results, int thread,
-                                              int threads) {
+template <typename T, int kHeadDim, bool kMayShare, int kAhead>
+__device__ __forceinline__ void store_nothing(const Results<T, kHeadDim, kMayShare, kAhead>& results,
+                                              int thread, int threads) {
   for (int i = thread; i < results.a.rows * kHeadDim; i += threads) {
     const int row = i / kHeadDim, element = i % kHeadDim;
     results.target(row)[element] = from_float<T>(0.0f);
