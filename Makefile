@@ -10,7 +10,7 @@ TORCH  ?= torch==2.13.0
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-exhaustive test-real ext lint fmt bench gpu-check clean
+.PHONY: help demo test test-slow test-exhaustive test-real ext lint fmt bench soak gpu-check clean
 
 help:
 	@echo "make demo       answer a batch of prompts with real weights through one W4 decoder (no GPU needed)"
@@ -22,6 +22,7 @@ help:
 	@echo "make lint       ruff, clang-format, mypy, architecture rules"
 	@echo "make fmt        apply the formatters"
 	@echo "make bench      every benchmark suite, small sizes, on this machine"
+	@echo "make soak       30 minutes of random requests to an engine, answers, blocks and memory checked"
 	@echo "make gpu-check  build for this GPU, GPU tests, smoke benchmark, with \$$(PYTHON) and no network"
 
 # Installs again when what it installs from changes; the build reads QSUN_CUDA and QSUN_CUDA_ARCHS.
@@ -59,7 +60,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	git ls-files '*.cu' '*.cuh' '*.cpp' '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
-	$(BIN)/mypy -p qsun_kernels -p qsun
+	@# bench is imported under another name, which mypy reads from folders alone.
+	mkdir -p build/mypy && ln -sfn "$(CURDIR)/bench" build/mypy/qsun_bench
+	MYPYPATH=build/mypy $(BIN)/mypy -p qsun_kernels -p qsun -p qsun_bench
 	$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_architecture.py
 
 fmt: $(STAMP)
@@ -72,6 +75,9 @@ bench: $(STAMP)
 	$(BIN)/qsun-bench attention
 	$(BIN)/qsun-bench write
 	$(BIN)/qsun-bench decode
+
+soak: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/qsun-bench soak --device cpu
 
 # What needs the GPU, and beside it the operators on it: half of the workers each, one host thread a worker, since
 # such a test is mostly launches and compilation on the host. 
@@ -88,6 +94,8 @@ gpu-check:
 	$(PYTHON) -m qsun_bench attention --smoke
 	$(PYTHON) -m qsun_bench write --smoke
 	$(PYTHON) -m qsun_bench decode --smoke
+	$(PYTHON) -m qsun_bench serve --smoke
+	$(PYTHON) -m qsun_bench soak --smoke
 
 clean:
 	rm -rf build dist *.egg-info qsun_kernels/_C*.so qsun_kernels/libqsun.so qsun_kernels/_build_info.json

@@ -72,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     engine_cli.add_decode(subparsers)
     engine_cli.add_serve(subparsers)
+    engine_cli.add_soak(subparsers)
 
     compare = subparsers.add_parser("compare", help="two recorded runs side by side")
     compare.set_defaults(run=commands.compare_runs)

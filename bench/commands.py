@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TextIO, cast
 from qsun_bench import compare, report, results, tables, views
 from qsun_bench.cases import Case, Selection, Suite, suites
 from qsun_bench.results import ResultsError, Run
+from qsun_bench.termination import Terminated, termination_raises
 from qsun_kernels.errors import BackendUnavailable
 from qsun_kernels.testing.timing import read_bandwidth
 
@@ -82,6 +83,7 @@ def list_cases(arguments: argparse.Namespace) -> int:
     print(
         "serve: several models under load, shared decode against a batch a model; see qsun-bench serve --help"
     )
+    print("soak: an engine under random requests for a long time; see qsun-bench soak --help")
     return EXIT_OK
 
 
@@ -103,16 +105,23 @@ def run_suite(arguments: argparse.Namespace) -> int:
 
     outcomes: list[Outcome] = []
     end = time.monotonic() + (arguments.limit or float("inf"))
+    why = ""
     with _progress(len(cases) * len(chosen)) as advance:
-        for outcome in measure(cases, chosen, arguments.device, seconds=arguments.seconds):
-            if outcomes and outcome.contender != outcomes[-1].contender:
-                keep(run(outcomes), arguments)
-            outcomes.append(outcome)
-            advance(f"{outcome.case.name} {outcome.contender}")
-            if time.monotonic() > end:
-                left = len(cases) * len(chosen) - len(outcomes)
-                print(f"not run: {left} of {len(cases) * len(chosen)} (--limit)", file=sys.stderr)
-                break
+        try:
+            with termination_raises():
+                for outcome in measure(cases, chosen, arguments.device, seconds=arguments.seconds):
+                    if outcomes and outcome.contender != outcomes[-1].contender:
+                        keep(run(outcomes), arguments)
+                    outcomes.append(outcome)
+                    advance(f"{outcome.case.name} {outcome.contender}")
+                    if time.monotonic() > end:
+                        why = "--limit"
+                        break
+        except Terminated:
+            why = "terminated"
+    if why:
+        left = len(cases) * len(chosen) - len(outcomes)
+        print(f"not run: {left} of {len(cases) * len(chosen)} ({why})", file=sys.stderr)
     for note in dict.fromkeys(f"{o.contender}: {o.note}" for o in outcomes if o.record is None):
         print(f"not run: {note}", file=sys.stderr)
     for outcome in outcomes:
@@ -167,8 +176,9 @@ def recording_of(arguments: argparse.Namespace) -> tuple[Path, str] | None:
     """(root, commit) when the run is to be recorded: asked before anything is timed."""
     if arguments.record:
         return results.recordable_commit(arguments.commit)
-    if arguments.commit is not None:
-        raise UsageError("--commit: expected only with --record")
+    for name, value in (("--commit", arguments.commit), ("--as", arguments.recorded_as)):
+        if value is not None:
+            raise UsageError(f"{name}: expected only with --record")
     return None
 
 
@@ -206,7 +216,9 @@ def finish(
             plots.save_skew(run, arguments.plot.with_stem(f"{arguments.plot.stem}-skew"))
     if recording is not None:
         folder = results.device_folder(arguments.device)
-        path = recording[0] / results.RESULTS / folder / f"{suite}.json"
+        path = recording[0] / results.RESULTS / folder / f"{arguments.recorded_as or suite}.json"
+        if not run.records:
+            raise ResultsError(f"nothing was measured, expected a record for {path}: it stays as it is")
         results.write(run, path)
         print(f"recorded in {path}", file=sys.stderr)
     return EXIT_OK if all(record.ok for record in run.records) else EXIT_WRONG

@@ -16,9 +16,9 @@ Every record is one setting on one batch. What is told of it beside `us`, in `Re
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from qsun.modules.decode import DecodeModule
 from qsun.modules.quantize import DENSE_BITS
@@ -57,6 +57,9 @@ from qsun_bench.results import Record
 from qsun_bench.step_gate import judge_setting
 from qsun_kernels.quant import QuantSpec
 
+Generate = Literal["no", "also", "only"]
+_KINDS: Mapping[Generate, tuple[bool, ...]] = {"no": (False,), "also": (False, True), "only": (True,)}
+
 Outcome = tuple[Record | None, str]
 """A record, and why it is wrong or did not come; no record where memory does not hold the case."""
 
@@ -66,7 +69,8 @@ class Request:
     """What the command line asks for; empty and None mean the default for the source.
 
     tokens: of every request, that are timed. prefill_chunk: prompt tokens a step, with `generate`.
-    mix: also with requests of several models. generate: also whole answers, prompts included.
+    mix: also with requests of several models. generate: whole answers, prompts included, behind the bare
+    steps or alone.
     """
 
     source: Source
@@ -80,7 +84,7 @@ class Request:
     mix: Mix | None = None
     host: bool = False
     breakdown: bool = False
-    generate: bool = False
+    generate: Generate = "no"
 
 
 def decode_records(request: Request, read_bytes_s: float) -> Iterator[Outcome]:
@@ -110,7 +114,7 @@ def _cases(request: Request) -> Sequence[Case]:
     chunk = request.prefill_chunk or (8192 if at_scale else 512)
     return [
         Case(Setting(), batch, context, tokens, chunk, mix, generate)
-        for generate in ((False, True) if request.generate else (False,))
+        for generate in _KINDS[request.generate]
         for context in contexts
         for batch in batches
         for mix in ((None,) if request.mix is None else (None, request.mix))
@@ -142,14 +146,18 @@ class _Bench:
         if source.checkpoint is None and weights > room:
             yield None, f"{label} {taken[0]} takes {weights} bytes, {room} are free"
             return
-        module = load(source, taken[0], self.description.config)
+        # Before the weights come: what a step is judged by takes memory as well.
         judged: dict[Setting, Verdict] = {}
         for setting in taken:
             verdict = judge_setting(source, setting, self.description.config)
+            release(source.device)
             if verdict.error is None:
                 yield self._refused(setting, verdict.reason)
             else:
                 judged[setting] = verdict
+        if not judged:
+            return
+        module = load(source, taken[0], self.description.config)
         for generate in (False, True):
             yield from self._timed(module, judged, generate)
 

@@ -16,7 +16,14 @@ from qsun.modules.prefill import PrefillModule
 from qsun_bench.breakdown import breakdown_of
 from qsun_bench.cases import generator
 from qsun_bench.decode_generate import time_generate
-from qsun_bench.decode_steps import WARM_UP, given_engine, settle, submit_given, time_tokens
+from qsun_bench.decode_steps import (
+    WARM_UP,
+    given_at_once,
+    given_engine,
+    settle,
+    submit_given,
+    time_tokens,
+)
 from qsun_bench.engine_models import BLOCK_SIZE, Setting, kv_token_bytes
 from qsun_bench.host_time import host_time
 from qsun_bench.percentiles import summary
@@ -171,5 +178,8 @@ def planned_bytes(module: DecodeModule, case: Case) -> int:
     """What the case takes beside the weights: its cache, and the given KV on its way into it."""
     positions = BLOCK_SIZE * (blocks_for(longest_of(case), BLOCK_SIZE) + 1)
     cache = case.batch * positions * kv_token_bytes(module.config, case.setting.kv, module.dtype)
-    given = case.batch * case.context * kv_token_bytes(module.config, "auto", module.dtype)
-    return cache if case.generate else cache + given
+    if case.generate:
+        return cache
+    # Beside what waits: the KV that all are given, and one request's on its way into blocks.
+    copies = 3 + given_at_once(module.config, case.batch, case.context, module.dtype)
+    return cache + copies * case.context * kv_token_bytes(module.config, "auto", module.dtype)

@@ -17,6 +17,7 @@ from qsun.core import SamplingParams, StepOutput
 from qsun.engine.engine import DecodeEngine
 from qsun.engine.options import EngineOptions
 from qsun.kv_cache.block_tables import blocks_for
+from qsun.models.config import ModelConfig
 from qsun.modules.decode import DecodeModule
 from qsun_bench.cases import generator
 from qsun_bench.engine_models import BLOCK_SIZE, kv_token_bytes
@@ -28,6 +29,12 @@ WARM_UP = 4
 
 # Steps that a call may take before it tells of the first token, or of the last.
 _SILENT_CALLS = 8
+
+_GIVEN_BYTES = 4 << 30
+"""Given KV that waits outside the cache at one time."""
+
+_MOST_GROUPS = 16
+"""Steps in which a batch comes to run: what its first requests are ahead of its last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +82,23 @@ def given_engine(
     return DecodeEngine(module, None, options)
 
 
-def submit_given(engine: DecodeEngine, models: Sequence[str], context: int, max_tokens: int) -> None:
+def given_at_once(config: ModelConfig, batch: int, context: int, dtype: torch.dtype) -> int:
+    """How many of `batch` requests of `context` prompt tokens may wait with their KV outside the cache.
+
+    All at one time would need the memory of a second cache beside the first.
+    """
+    fitting = _GIVEN_BYTES // (context * kv_token_bytes(config, "auto", dtype))
+    return max(1, min(batch, fitting), -(-batch // _MOST_GROUPS))
+
+
+def submit_given(
+    engine: DecodeEngine, models: Sequence[str], context: int, max_tokens: int, at_once: int | None = None
+) -> None:
     """A request for each entry of `models`, of `context` prompt tokens whose KV is random and given.
 
     Names that are new are registered, each with a fingerprint of its own.
+    at_once: requests that are submitted before a step takes their KV into the cache, by default
+    `given_at_once`. Raises RuntimeError when one fails.
     """
     module = engine.decode_module
     config = module.config
@@ -93,7 +113,10 @@ def submit_given(engine: DecodeEngine, models: Sequence[str], context: int, max_
     )
     prompt = torch.randint(config.vocab_size, (context,), generator=source, device=module.device).tolist()
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-    for name in models:
+    at_once = at_once or given_at_once(config, len(models), context, module.dtype)
+    for index, name in enumerate(models):
+        if index and index % at_once == 0:
+            _told(engine.step())
         engine.submit_kv(prompt, keys, values, prompt[-1], model=name, fingerprint=name, params=params)
 
 

@@ -1,4 +1,4 @@
-"""The options of `qsun-bench decode` and `qsun-bench serve`."""
+"""The options of `qsun-bench decode`, `qsun-bench serve` and `qsun-bench soak`."""
 
 from __future__ import annotations
 
@@ -64,8 +64,11 @@ def add_decode(subparsers: Any) -> None:
     parser.add_argument("--host", action="store_true", help="what the host adds to a step (CUDA)")
     parser.add_argument(
         "--generate",
-        action="store_true",
-        help="also whole answers: prompts of CONTEXT random tokens, by generate",
+        nargs="?",
+        choices=("also", "only"),
+        default="no",
+        const="also",
+        help="whole answers, too, or only: prompts of CONTEXT random tokens, by generate",
     )
     parser.add_argument(
         "--prefill-chunk", type=number, help="with --generate: prompt tokens a step (8192; 512 on a CPU)"
@@ -129,6 +132,12 @@ def add_serve(subparsers: Any) -> None:
         "--slo-ttft", type=option_types.milliseconds, default="1000", metavar="MS", help="(1000)"
     )
     parser.add_argument("--slo-tpot", type=option_types.milliseconds, default="50", metavar="MS", help="(50)")
+    parser.add_argument(
+        "--bisect",
+        type=option_types.share,
+        metavar="SHARE",
+        help="of rising rates, look for the last at which an arm serves this share as promised (play all)",
+    )
     parser.add_argument("--max-batch", type=number, help="requests in a decode batch (128; 8 on a CPU)")
     parser.add_argument("--prefill-chunk", type=number, default=512, help="prompt tokens a step (512)")
     parser.add_argument(
@@ -154,13 +163,52 @@ def add_serve(subparsers: Any) -> None:
     output_options(parser)
 
 
+def add_soak(subparsers: Any) -> None:
+    """The command `soak`."""
+    parser = subparsers.add_parser(
+        "soak",
+        help="an engine under random requests for a long time: right throughout, or not",
+        description="Random requests, cancels, preemptions, overflows; a sample of the answers is checked.",
+    )
+    parser.set_defaults(run=engine_commands.run_soak)
+    _model_options(parser)
+    number = option_types.integer
+    parser.add_argument("--bits", type=option_types.one_bits_or_dense, help=f"{_FULL_BITS} (4)")
+    parser.add_argument("--kv-dtype", choices=KV_DTYPES, default="auto", help="of the KV cache (auto)")
+    parser.add_argument(
+        "--lm-head-bits", type=option_types.one_bits_or_dense, default="16", help=f"{_FULL_BITS} (16)"
+    )
+    parser.add_argument("--minutes", type=option_types.limit, help="how long (8; 30 on a CPU)")
+    parser.add_argument("--models", type=number, default=6, help="each with weights of its own (6)")
+    parser.add_argument("--zipf", type=option_types.exponent, help="exponent of their popularity (1.0)")
+    parser.add_argument("--max-batch", type=number, help="requests in a decode batch (32; 8 on a CPU)")
+    parser.add_argument(
+        "--context", type=_at_least(64, number), help="most tokens of a request (1024; 256 on a CPU)"
+    )
+    parser.add_argument("--prefill-chunk", type=number, help="prompt tokens a step (512; 96 on a CPU)")
+    parser.add_argument(
+        "--check", type=option_types.share, metavar="SHARE", help="of the requests, that are checked (0.01)"
+    )
+    parser.add_argument(
+        "--rest",
+        type=option_types.limit,
+        metavar="SECONDS",
+        help="how often the engine is emptied and looked at (30)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the requests (0)")
+    parser.add_argument("--smoke", action="store_true", help="a few seconds: a check of the check")
+    device_option(parser)
+    output_options(parser)
+
+
 def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         "--shape",
         type=option_types.model,
         metavar="NAME|PATH",
-        help="a shape (llama-3.1-8b, qwen3-8b, llama-3.1-70b, smollm2-135m: random weights) or a checkpoint",
+        help="a checkpoint, or a shape of random weights: llama-3.1-8b, qwen3-8b, llama-3.1-70b,"
+        " smollm2-135m, tiny",
     )
     parser.add_argument(
         "--layers", type=option_types.integer, help="only so many layers of the shape (recorded)"

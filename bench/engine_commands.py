@@ -1,4 +1,4 @@
-"""What `qsun-bench decode` and `qsun-bench serve` do: options to a request, records to a run."""
+"""What `qsun-bench decode`, `serve` and `soak` do: options to a request, records to a run."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import torch
 
 from qsun_bench import commands
 from qsun_bench.commands import UsageError
-from qsun_bench.engine_suites import DECODE, PER_MODEL, SERVE
+from qsun_bench.engine_suites import DECODE, PER_MODEL, SERVE, SOAK
 from qsun_bench.results import Header, Record, Run
+from qsun_bench.termination import Terminated, termination_raises
 
 if TYPE_CHECKING:
     from qsun_bench.engine_models import Source
@@ -26,6 +27,8 @@ _SMOKE_OUTPUTS = (4, 8)
 # How far beyond its 95th percentile a length may go, and the least that a prompt and an answer have.
 _CLIP = 2
 _LEAST = 2
+# Layers of a soak's shape: each of its models has weights of its own.
+_SOAK_LAYERS = 4
 
 
 def run_decode(arguments: argparse.Namespace) -> int:
@@ -35,7 +38,7 @@ def run_decode(arguments: argparse.Namespace) -> int:
     source = _source(arguments)
     if arguments.host and source.device.type != "cuda":
         raise UsageError("--host: on a CPU the host computes the step itself, expected --device cuda")
-    if arguments.prefill_chunk is not None and not arguments.generate:
+    if arguments.prefill_chunk is not None and arguments.generate == "no":
         raise UsageError("--prefill-chunk: expected only with --generate")
     recording = commands.recording_of(arguments)
     header = commands.header_of(arguments, recording)
@@ -80,12 +83,45 @@ def run_serve(arguments: argparse.Namespace) -> int:
         overlap=arguments.overlap,
         kv_memory=arguments.kv_memory,
         limit_s=arguments.limit,
+        bisect=arguments.bisect,
     )
     try:
         run = _collect(serve_records(request), header, arguments, seconds=None)
     except DoesNotFit as error:
         raise UsageError(str(error)) from None
     return commands.finish(run, SERVE, PER_MODEL, arguments, recording)
+
+
+def run_soak(arguments: argparse.Namespace) -> int:
+    """Keep an engine under random requests, and tell what did not hold."""
+    from qsun_bench.engine_models import Setting
+    from qsun_bench.soak import Request, soak_record
+    from qsun_bench.termination import termination_is_noted
+
+    if isinstance(arguments.model, Path):
+        raise UsageError("--model: a soak gives each model random weights, expected the name of a shape")
+    at_scale = arguments.device.type == "cuda" and not arguments.smoke
+    arguments.model = arguments.model or ("llama-3.1-8b" if at_scale else "tiny")
+    arguments.layers = arguments.layers or (_SOAK_LAYERS if arguments.model != "tiny" else None)
+    source = _source(arguments)
+    recording = commands.recording_of(arguments)
+    header = commands.header_of(arguments, recording)
+    request = Request(
+        source=source,
+        setting=Setting(arguments.bits or 4, arguments.kv_dtype, arguments.lm_head_bits),
+        seconds=60 * (arguments.minutes or (0.2 if arguments.smoke else 8.0 if at_scale else 30.0)),
+        models=arguments.models,
+        zipf=1.0 if arguments.zipf is None else arguments.zipf,
+        max_batch=arguments.max_batch or (32 if at_scale else 8),
+        context=arguments.context or (1024 if at_scale else 256),
+        prefill_chunk=arguments.prefill_chunk or (512 if at_scale else 96),
+        check_share=arguments.check or (0.2 if arguments.smoke else 0.01),
+        rest_s=arguments.rest or (3.0 if arguments.smoke else 30.0),
+        seed=arguments.seed,
+    )
+    with termination_is_noted() as is_over:
+        run = _collect([soak_record(request, is_over)], header, arguments, seconds=None)
+    return commands.finish(run, SOAK, "", arguments, recording)
 
 
 def _source(arguments: argparse.Namespace) -> Source:
@@ -127,7 +163,7 @@ def _loads(arguments: argparse.Namespace) -> Sequence[Load]:
     from qsun_bench.workload import OUTPUTS, PROMPTS, poisson, read_trace
 
     if arguments.trace is not None:
-        drawn = ("duration", "models", "zipf", "prompt_tokens", "output_tokens")
+        drawn = ("duration", "models", "zipf", "prompt_tokens", "output_tokens", "bisect")
         for name in drawn:
             if getattr(arguments, name) is not None:
                 raise UsageError(
@@ -135,7 +171,7 @@ def _loads(arguments: argparse.Namespace) -> Sequence[Load]:
                 )
         arrivals = read_trace(arguments.trace)
         fields = {"trace": arguments.trace.name, "models": len({arrival.model for arrival in arrivals})}
-        return [Load(f"trace-{arguments.trace.stem}", arrivals, fields)]
+        return [Load(f"trace-{arguments.trace.stem}", arrivals, fields, arrivals[-1].at_s or None)]
     smoke = arguments.smoke
     models = arguments.models or (3 if smoke else 8)
     zipf = 1.0 if arguments.zipf is None else arguments.zipf
@@ -143,6 +179,8 @@ def _loads(arguments: argparse.Namespace) -> Sequence[Load]:
     prompts = _lengths(arguments.prompt_tokens or (_SMOKE_PROMPTS if smoke else None), PROMPTS)
     outputs = _lengths(arguments.output_tokens or (_SMOKE_OUTPUTS if smoke else None), OUTPUTS)
     loads = []
+    if arguments.bisect is not None and list(arguments.rate or ()) != sorted(arguments.rate or ()):
+        raise UsageError("--bisect: looks for the last rate that is served, expected a --rate that rises")
     for rate in arguments.rate or ((8.0,) if smoke else (2.0,)):
         arrivals = poisson(
             rate, duration, models=models, zipf=zipf, prompts=prompts, outputs=outputs, seed=arguments.seed
@@ -156,7 +194,7 @@ def _loads(arguments: argparse.Namespace) -> Sequence[Load]:
             "prompt_lengths": [prompts.median, prompts.p95, prompts.least, prompts.most],
             "output_lengths": [outputs.median, outputs.p95, outputs.least, outputs.most],
         }
-        loads.append(Load(f"m{models}z{zipf:g}.r{rate:g}", arrivals, fields))
+        loads.append(Load(f"m{models}z{zipf:g}.r{rate:g}", arrivals, fields, duration))
     return loads
 
 
@@ -176,19 +214,23 @@ def _collect(
     *,
     seconds: float | None,
 ) -> Run:
-    """The run, kept as it grows; after `seconds` no further case is started."""
+    """The run, kept as it grows; after `seconds`, or when told to end, it is what there is."""
     end = time.monotonic() + (seconds or float("inf"))
     records: list[Record] = []
-    for record, reason in outcomes:
-        if record is None:
-            print(f"not run: {reason}", file=sys.stderr)
-        else:
-            records.append(record)
-            commands.keep(Run(header, tuple(records)), arguments)
-            if not record.ok:
-                verdict = "FAILED" if record.failed else "WRONG"
-                print(f"{verdict}: {record.case} {record.backend}: {reason}", file=sys.stderr)
-        if time.monotonic() > end:
-            print("not run: the rest (--limit)", file=sys.stderr)
-            break
+    try:
+        with termination_raises():
+            for record, reason in outcomes:
+                if record is None:
+                    print(f"not run: {reason}", file=sys.stderr)
+                else:
+                    records.append(record)
+                    commands.keep(Run(header, tuple(records)), arguments)
+                    if not record.ok:
+                        verdict = "FAILED" if record.failed else "WRONG"
+                        print(f"{verdict}: {record.case} {record.backend}: {reason}", file=sys.stderr)
+                if time.monotonic() > end:
+                    print("not run: the rest (--limit)", file=sys.stderr)
+                    break
+    except Terminated:
+        print("not run: the rest (terminated)", file=sys.stderr)
     return Run(header, tuple(records))

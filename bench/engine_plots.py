@@ -1,4 +1,4 @@
-"""Plots of the engine's runs: throughput against TPOT over the batch, latencies of a load over its rate."""
+"""Plots of the engine: throughput against TPOT, latencies of a load over its rate, memory of a soak."""
 
 from __future__ import annotations
 
@@ -70,6 +70,23 @@ def save_serve(run: Run, path: Path) -> None:
             mark = _MARKS[i % len(_MARKS)]
             axes.plot(x, [of(r) for r in ordered], marker=mark, markersize=4, linewidth=1.2, label=label)
         finish_axes(axes, title, "offered requests/s", title)
+    _finish(run, figure, path)
+
+
+def save_soak(run: Run, path: Path) -> None:
+    """Draw the memory of a soak over its time.
+
+    Raises ResultsError as `save_decode` does.
+    """
+    records = timed_records(run)
+    figure, every = grid(len(records), 5.0, 3.4)
+    for axes, record in zip(every, records, strict=True):
+        minutes = [sample["minute"] for sample in record.measured["memory"]]
+        for name, mark in zip(("host", "device"), _MARKS, strict=False):
+            gigabytes = [sample[name] * 1e-9 for sample in record.measured["memory"]]
+            if any(gigabytes):
+                axes.plot(minutes, gigabytes, marker=mark, markersize=3, linewidth=1.2, label=name)
+        finish_axes(axes, record.case, "minute", "memory, GB")
     _finish(run, figure, path)
 
 

@@ -12,6 +12,9 @@ KvDtype = Literal["auto", "fp8", "int8", "int4"]
 KV_DTYPES: Final[tuple[KvDtype, ...]] = get_args(KvDtype)
 """What a KV cache may hold; "auto" is the dtype of the activations."""
 
+SOAK: Final = "soak"
+"""An engine under random requests for a long time: right throughout, or not."""
+
 SERVE: Final = "serve"
 SHARED: Final = "shared"
 PER_MODEL: Final = "per-model"

@@ -106,4 +106,11 @@ def output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the run there (- for stdout)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the run (png, svg, pdf)")
     parser.add_argument("--record", action="store_true", help="keep the run under bench/results/")
+    parser.add_argument(
+        "--as",
+        dest="recorded_as",
+        type=option_types.record_name,
+        metavar="NAME",
+        help="with --record: NAME.json instead of the suite's, so that it replaces no other run",
+    )
     parser.add_argument("--commit", help="with --record: the commit of sources that carry no git")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 import torch
@@ -246,4 +247,24 @@ def size(text: str) -> int:
         value = 0
     if not isinstance(value, int) or value < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected bytes or a size such as 40GiB")
+    return value
+
+
+def record_name(text: str) -> str:
+    """The name of a recorded run, as it stands in a file's name and in a document's block."""
+    if not re.fullmatch(r"[a-z0-9]+(?:-[a-z0-9]+)*", text):
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected lower-case letters and digits, with dashes between: decode-kv"
+        )
+    return text
+
+
+def share(text: str) -> float:
+    """A number above 0 and at most 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a share above 0 and at most 1, such as 0.9")
     return value

@@ -271,7 +271,7 @@ def _by_total(records: Iterable[Record]) -> dict[str, list[Record]]:
     found: dict[str, list[Record]] = {}
     for record in records:
         lengths = _lengths(record)
-        if record.ok and record.us is not None and sum(lengths):
+        if record.ok and record.us is not None and sum(lengths) > 0:
             cache = record.case.partition(".")[0] + _unusual_cache(record)
             found.setdefault(f"{cache}: {len(lengths)} requests, {sum(lengths)} tokens", []).append(record)
     return {title: same for title, same in found.items() if len({_skew(record) for record in same}) > 1}

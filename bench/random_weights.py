@@ -26,8 +26,7 @@ def random_packed_weight(
     importance.
     """
     device = generator.device
-    shape, groups = (N, K), spec.num_groups(K)
-    codes = torch.randint(0, spec.max_code + 1, shape, dtype=torch.uint8, device=device, generator=generator)
+    groups = spec.num_groups(K)
     spread = torch.rand(N, groups, device=device, generator=generator) + 0.5
     scales = (spread * (12.0 / K) ** 0.5 / spec.max_code).to(dtype)
     zeros: Tensor | None = None
@@ -40,7 +39,25 @@ def random_packed_weight(
     if act_order:
         scattered = torch.randperm(K, device=device, generator=generator)
         g_idx = (scattered // spec.columns_per_group(K)).int()
-    return PackedWeight.from_codes(codes, scales, spec, zeros, g_idx)
+    return PackedWeight(spec, N, K, _random_codes(N, K, spec.bits, generator), scales, zeros, g_idx)
+
+
+def _random_codes(N: int, K: int, bits: int, generator: torch.Generator) -> Tensor:
+    """Uniform codes as `pack_codes` lays them out, int32 (N, words).
+
+    Codes fill the bits of a row without gaps, so uniform words are uniform codes, and nothing as wide as a
+    byte a code is ever made.
+    """
+    words = -(-K * bits // 32)
+    low, high = -(1 << 31), 1 << 31
+    stream = torch.randint(
+        low, high, (N, words), dtype=torch.int32, device=generator.device, generator=generator
+    )
+    used = K * bits % 32
+    if used:
+        # What lies behind the last code of a row is zero.
+        stream[:, -1] &= (1 << used) - 1
+    return stream
 
 
 def weight_bytes(N: int, K: int, spec: QuantSpec | None, dtype: torch.dtype) -> int:

@@ -69,11 +69,15 @@ class DoesNotFit(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One stream of arrivals. name: of the case. fields: what it was made of, for the record."""
+    """One stream of arrivals. name: of the case. fields: what it was made of, for the record.
+
+    span_s: the time in which they arrive; None where there is but one, or all come at once.
+    """
 
     name: str
     arrivals: Sequence[Arrival]
     fields: Mapping[str, Json]
+    span_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +85,9 @@ class Request:
     """What the command line asks for.
 
     overlap: of the engines, as in EngineOptions; None is their default. kv_memory: bytes of all caches of an
-    arm together; None is most of what is free. limit_s: after which an
-    arm leaves a load.
+    arm together; None is most of what is free. limit_s: after which an arm leaves a load. bisect: of loads
+    that rise, an arm plays those only by which the last is found of which it serves such a share as promised;
+    None plays all.
     """
 
     source: Source
@@ -96,6 +101,7 @@ class Request:
     overlap: Literal["auto", "on", "off"] | None = None
     kv_memory: int | None = None
     limit_s: float = 600.0
+    bisect: float | None = None
 
     @property
     def overlap_option(self) -> dict[str, Any]:
@@ -136,8 +142,16 @@ def serve_records(request: Request) -> Iterator[Outcome]:
     kv_bytes = bench.kv_bytes(module, arrivals)
     for name in request.arms:
         arm = bench.arm(name, module, prefills, kv_bytes, arrivals)
-        for load_ in request.loads:
-            yield bench.play(name, arm, load_, verdict, prefills[0].nbytes)
+        first, last = 0, len(request.loads) - 1
+        while first <= last:
+            place = first if request.bisect is None else (first + last) // 2
+            record, why = bench.play(name, arm, request.loads[place], verdict, prefills[0].nbytes)
+            yield record, why
+            share = record.measured["met"] / record.measured["requests"]
+            if request.bisect is None or share >= request.bisect:
+                first = place + 1
+            else:
+                last = place - 1
         del arm
         release(source.device)
 
@@ -220,7 +234,9 @@ class _Bench:
         engine.prepare()
         return engine
 
-    def play(self, name: ArmName, arm: Arm, load_: Load, verdict: Verdict, prefill_nbytes: int) -> Outcome:
+    def play(
+        self, name: ArmName, arm: Arm, load_: Load, verdict: Verdict, prefill_nbytes: int
+    ) -> tuple[Record, str]:
         """One load through one arm, as a record."""
         vocabulary = self.description.config.vocab_size
         prompts = [random_prompt(i, a.prompt_tokens, vocabulary) for i, a in enumerate(load_.arrivals)]
@@ -277,8 +293,8 @@ class _Bench:
         arrivals = load_.arrivals
         by_model = Counter(arrival.model for arrival in arrivals)
         steps = counted["decode_steps"]
-        return summarise(served, wall, self.request.objective) | {
-            "offered_s": round(len(arrivals) / max(arrivals[-1].at_s, 1e-9), 4) if len(arrivals) > 1 else 0.0,
+        return summarise(served, wall, self.request.objective, load_.span_s) | {
+            "offered_s": round(len(arrivals) / load_.span_s, 4) if load_.span_s else 0.0,
             "drawn": {
                 "prompt": summary([a.prompt_tokens for a in arrivals], 1),
                 "output": summary([a.output_tokens for a in arrivals], 1),

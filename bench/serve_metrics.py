@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
 
 from qsun_bench.percentiles import summary
 from qsun_bench.workload import Arrival
@@ -53,21 +53,35 @@ class Served:
         return self.ttft_s <= objective.ttft_s and (self.tpot_s or 0.0) <= objective.tpot_s
 
 
-def summarise(served: Sequence[Served], wall_s: float, objective: Objective) -> dict[str, Any]:
+PROMISED_TPOT_MS: Final = (10, 15, 20, 25, 30, 40, 50, 75, 100)
+"""Times per token for which goodput is told beside the one that was asked for: a promise is a choice."""
+
+
+def summarise(
+    served: Sequence[Served], wall_s: float, objective: Objective, span_s: float | None = None
+) -> dict[str, Any]:
     """The figures of one arm, times in milliseconds.
 
-    wall_s: from the start of the arrivals to the last token. Latencies are of the requests that were served
-    whole; goodput, throughput and the counts are of all.
+    wall_s: from the start of the arrivals to the last token. span_s: the time in which requests arrived, over
+    which goodput is told, so that the answers of the last ones, alone on the device, count for no arm; None
+    is wall_s. Latencies are of the requests that were served whole, the rest is of all.
     """
     done = [one for one in served if one.done]
     good = sum(one.meets(objective) for one in served)
     tokens = sum(len(one.stamps_s) for one in served)
+    span_s = span_s or wall_s
     return {
         "requests": len(served),
         "finished": len(done),
         "met": good,
         "wall_s": round(wall_s, 3),
-        "goodput_s": round(good / wall_s, 4),
+        "goodput_s": round(good / span_s, 4),
+        "goodput_by_tpot_ms": {
+            str(promised): round(
+                sum(one.meets(replace(objective, tpot_s=promised / 1e3)) for one in served) / span_s, 4
+            )
+            for promised in PROMISED_TPOT_MS
+        },
         "requests_s": round(len(done) / wall_s, 4),
         "tokens_s": round(tokens / wall_s, 1),
         "ttft_ms": summary([1e3 * one.ttft_s for one in done if one.ttft_s is not None]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TextIO
 
 from qsun_bench import tables
-from qsun_bench.engine_suites import PER_MODEL, SERVE
+from qsun_bench.engine_suites import ARMS, PER_MODEL, SERVE, SHARED
 from qsun_bench.results import Record, Run
 
 COLUMNS = (
@@ -28,9 +28,36 @@ def rows(run: Run) -> tuple[tables.Row, ...]:
     return tuple(_row(record, run) for record in found)
 
 
+def best(run: Run) -> tuple[tables.Row, ...]:
+    """The best goodput of either arm at any rate that it was offered, and their ratio.
+
+    A row where all rates are of one setting and both arms were asked to keep the same promise, else none.
+    """
+    told = [r for r in run.records if r.ok and r.measured and "rate" in r.fields]
+    promises = {(r.case.rpartition(".r")[0], r.fields["slo_ttft_ms"], r.fields["slo_tpot_ms"]) for r in told}
+    if len(promises) != 1 or {r.backend for r in told} != set(ARMS):
+        return ()
+    ((_, ttft, tpot),) = promises
+    found = [max((r for r in told if r.backend == arm), key=_goodput) for arm in ARMS]
+    cells = [f"{_goodput(r):.3g} of {r.measured['offered_s']:.3g}" for r in found]
+    shared, other = map(_goodput, found)
+    return ((f"{ttft:g}", f"{tpot:g}", *cells, f"{shared / other:.2f}x" if other else ""),)
+
+
+def _goodput(record: Record) -> float:
+    return float(record.measured["goodput_s"])
+
+
+_BEST_COLUMNS = ("TTFT promised, ms", "TPOT", *ARMS, f"{SHARED} / {PER_MODEL}")
+_BEST_TITLE = "best goodput, requests a second, of how many offered"
+
+
 def show(run: Run, stream: TextIO) -> None:
     """Print it."""
     tables.show(run.header.line(), COLUMNS, rows(run), stream, text_columns=2)
+    if found := best(run):
+        print(file=stream)
+        tables.show(_BEST_TITLE, _BEST_COLUMNS, found, stream, text_columns=0)
     for record in run.records:
         if record.ok and record.note:
             print(record.note, file=stream)
@@ -39,7 +66,10 @@ def show(run: Run, stream: TextIO) -> None:
 
 def markdown(run: Run) -> str:
     """The same for a document."""
-    return tables.markdown(COLUMNS, rows(run), text_columns=2)
+    table = tables.markdown(COLUMNS, rows(run), text_columns=2)
+    if found := best(run):
+        table += f"\n\n{_BEST_TITLE}:\n\n{tables.markdown(_BEST_COLUMNS, found, text_columns=0)}"
+    return table
 
 
 def _row(record: Record, run: Run) -> tables.Row:

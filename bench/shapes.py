@@ -1,4 +1,4 @@
-"""The sizes of the models that the cases are named after, from their published configurations."""
+"""The sizes of the models that the cases are named after, as their authors published them; and a tiny one."""
 
 from __future__ import annotations
 
@@ -46,6 +46,8 @@ SHAPES: Mapping[str, ModelShape] = {
         ModelShape("llama-3.1-8b", "llama", 32, 4096, 14336, 32, 8, 128, 128256, False, 5e5),
         ModelShape("qwen3-8b", "qwen3", 36, 4096, 12288, 32, 8, 128, 151936, False, 1e6),
         ModelShape("llama-3.1-70b", "llama", 80, 8192, 28672, 64, 8, 128, 128256, False, 5e5),
+        # Of no published model: what a CPU steps through in milliseconds.
+        ModelShape("tiny", "llama", 3, 128, 256, 4, 2, 64, 4096, False, 1e4),
     )
 }
 

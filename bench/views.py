@@ -15,6 +15,7 @@ from qsun_bench import (
     margins,
     plots,
     serve_tables,
+    soak_tables,
     tables,
     write_tables,
 )
@@ -28,6 +29,8 @@ def show(run: Run, baseline: str, stream: TextIO) -> None:
         decode_tables.show(run, stream)
     elif serve_tables.belongs(run):
         serve_tables.show(run, stream)
+    elif soak_tables.belongs(run):
+        soak_tables.show(run, stream)
     else:
         tables.show_run(run, baseline, stream)
         margins.show(run, stream)
@@ -44,6 +47,8 @@ def markdown(run: Run) -> str | None:
         return decode_tables.markdown(run)
     if write_tables.belongs(run):
         return write_tables.markdown(run)
+    if soak_tables.belongs(run):
+        return soak_tables.markdown(run)
     return serve_tables.markdown(run) if serve_tables.belongs(run) else None
 
 
@@ -79,5 +84,7 @@ def plot(run: Run, path: Path) -> None:
         engine_plots.save_decode(run, path)
     elif serve_tables.belongs(run):
         engine_plots.save_serve(run, path)
+    elif soak_tables.belongs(run):
+        engine_plots.save_soak(run, path)
     else:
         plots.save(run, path)

@@ -1,4 +1,4 @@
-# Types of the binding in csrc/bindings.cpp. Addresses are integers (0: absent), strides count elements,
+# Types of the binding in csrc/bindings/. Addresses are integers (0: absent), strides count elements,
 # dtype codes are qsun::DType. Launches raise qsun_kernels.errors.KernelLaunchError.
 from typing import TypedDict
 
@@ -132,6 +132,22 @@ class RmsNormConfig:
     def width(self) -> int: ...
     @property
     def threads(self) -> int: ...
+    @property
+    def overlaps_producer(self) -> bool: ...
+
+class SiluAndMulConfig:
+    @property
+    def width(self) -> int: ...
+    @property
+    def blocks(self) -> int: ...
+    @property
+    def overlaps_producer(self) -> bool: ...
+
+class ApplyRopeConfig:
+    @property
+    def width(self) -> int: ...
+    @property
+    def blocks(self) -> int: ...
     @property
     def overlaps_producer(self) -> bool: ...
 
@@ -495,9 +511,23 @@ def rms_norm(
     device: int,
     stream: int,
 ) -> None: ...
+def choose_silu_and_mul(
+    x: int, num_rows: int, size: int, x_stride: int, dtype: int, props: DeviceProps
+) -> SiluAndMulConfig: ...
 def silu_and_mul(
     x: int, out: int, num_rows: int, size: int, x_stride: int, dtype: int, device: int, stream: int
 ) -> None: ...
+def choose_apply_rope(
+    q: int,
+    num_tokens: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    q_stride: int,
+    k_stride: int,
+    dtype: int,
+    props: DeviceProps,
+) -> ApplyRopeConfig: ...
 def apply_rope(
     q: int,
     k: int,

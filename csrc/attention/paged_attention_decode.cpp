@@ -232,12 +232,6 @@ Status run_split(const PagedAttentionDecodeParams& p, const DeviceProps& props) 
   });
 }
 
-// The operator's own name for a failure to ask the device.
-Status props_of(const PagedAttentionDecodeParams& p, const char* op, DeviceProps* props) {
-  const Status status = device_props(p.device, props);
-  return status.ok() ? status : Status(status.code(), op, to_string(p), status.error());
-}
-
 }  // namespace
 
 bool is_planned(const PagedAttentionDecodeParams& p, const DeviceProps& props) {
@@ -332,7 +326,7 @@ Status plan_paged_attention(const PagedAttentionDecodeParams& p) {
   checks.not_null("seq_lens", p.seq_lens);
   if (!checks.ok()) return checks.status("plan_paged_attention", p);
   DeviceProps props;
-  if (Status status = props_of(p, "plan_paged_attention", &props); !status.ok()) return status;
+  if (Status status = props_of("plan_paged_attention", p, &props); !status.ok()) return status;
   checks.require(is_planned(p, props), "plan", "asked for",
                  "sizes that the planned kernel takes on this device");
   if (!checks.ok()) return checks.status("plan_paged_attention", p);
@@ -354,7 +348,7 @@ Status paged_attention_decode(const PagedAttentionDecodeParams& p) {
   if (Checks checks = check(p); !checks.ok()) return checks.status("paged_attention_decode", p);
   if (p.batch == 0) return {};
   DeviceProps props;
-  if (Status status = props_of(p, "paged_attention_decode", &props); !status.ok()) return status;
+  if (Status status = props_of("paged_attention_decode", p, &props); !status.ok()) return status;
   if (is_planned(p, props)) return paged_attention_decode(p, choose(p, props));
   Checks checks;
   checks.require(!is_codes(p.kv_dtype), "kv_dtype", to_string(p.kv_dtype),

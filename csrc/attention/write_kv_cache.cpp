@@ -132,9 +132,7 @@ Status write_kv_cache(const WriteKvCacheParams& p) {
   if (Status status = check(p, choose(p, {})); !status.ok()) return status;
   if (p.num_tokens == 0) return {};
   DeviceProps props;
-  if (const Status status = device_props(p.device, &props); !status.ok()) {
-    return {status.code(), "write_kv_cache", to_string(p), status.error()};
-  }
+  if (Status status = props_of("write_kv_cache", p, &props); !status.ok()) return status;
   const WriteKvCacheConfig config = choose(p, props);
   return run_on_device("write_kv_cache", p, [&] {
     return config.copies ? launch_write_kv_copy(p, config) : launch_write_kv_heads(p, config);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "device/dependent_launch.cuh"
 #include "device/dtype.cuh"
 #include "device/rope.cuh"
 #include "device/trap.cuh"
@@ -25,12 +26,39 @@ std::string to_string(const ApplyRopeParams& p) {
       .str();
 }
 
+std::string to_string(const ApplyRopeConfig& c) {
+  return Fields()
+      .add("width", c.width)
+      .add("blocks", c.blocks)
+      .add("overlaps_producer", c.overlaps_producer)
+      .str();
+}
+
 namespace {
 
 constexpr int kThreads = 256;
 
+}  // namespace
+
+ApplyRopeConfig choose(const ApplyRopeParams& p, const DeviceProps& props) {
+  const int64_t bytes = size_of(p.dtype), half = p.head_dim / 2;
+  const bool is_wide =
+      wide({p.q, p.k, p.q_out, p.k_out, p.cos_sin}, {half * bytes, p.q_stride * bytes, p.k_stride * bytes});
+  ApplyRopeConfig config;
+  config.width = is_wide ? static_cast<int>(16 / bytes) : 1;
+  const int64_t vectors = p.num_tokens * (p.num_q_heads + p.num_kv_heads) * (half / config.width);
+  config.blocks = static_cast<int>(std::min(ceil_div(vectors, kThreads), kMaxGridX));
+  config.overlaps_producer = props.compute_major >= 9;
+  return config;
+}
+
+namespace {
+
+// Everything is read by plain loads: the kernels in front may still write it when this one begins.
 template <typename T, int kSize>
-__global__ void __launch_bounds__(kThreads) apply_rope_kernel(ApplyRopeParams p) {
+__global__ void __launch_bounds__(kThreads) apply_rope_kernel(const __grid_constant__ ApplyRopeParams p) {
+  launch_dependents();
+  wait_for_producers();
   const int64_t half = p.head_dim / 2;
   const int64_t head_vectors = half / kSize;
   const int64_t num_heads = p.num_q_heads + p.num_kv_heads;
@@ -47,14 +75,14 @@ __global__ void __launch_bounds__(kThreads) apply_rope_kernel(ApplyRopeParams p)
                            : static_cast<const T*>(p.k) + token * p.k_stride + own_head * p.head_dim + i;
     T* target = is_q ? static_cast<T*>(p.q_out) + (token * p.num_q_heads + own_head) * p.head_dim + i
                      : static_cast<T*>(p.k_out) + (token * p.num_kv_heads + own_head) * p.head_dim + i;
-    const int64_t position = load_element(p.positions + token);
+    const int64_t position = p.positions[token];
     trap_unless(position >= 0 && position < p.max_positions);
 
     // Rotate
-    const Vector<float, kSize> cosine = load_readonly<kSize>(p.cos_sin + position * p.head_dim + i);
-    const Vector<float, kSize> sine = load_readonly<kSize>(p.cos_sin + position * p.head_dim + half + i);
-    Vector<T, kSize> low = load_readonly<kSize>(source);
-    Vector<T, kSize> high = load_readonly<kSize>(source + half);
+    const Vector<float, kSize> cosine = load<kSize>(p.cos_sin + position * p.head_dim + i);
+    const Vector<float, kSize> sine = load<kSize>(p.cos_sin + position * p.head_dim + half + i);
+    Vector<T, kSize> low = load<kSize>(source);
+    Vector<T, kSize> high = load<kSize>(source + half);
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
       float a = to_float(low.data[j]);
@@ -89,18 +117,16 @@ Status check(const ApplyRopeParams& p) {
 Status apply_rope(const ApplyRopeParams& p) {
   if (Status status = check(p); !status.ok()) return status;
   if (p.num_tokens == 0) return {};
+  DeviceProps props;
+  if (Status status = props_of("apply_rope", p, &props); !status.ok()) return status;
   return run_on_device("apply_rope", p, [&] {
+    const ApplyRopeConfig config = choose(p, props);
+    LaunchOptions options;
+    options.overlaps_producer = config.overlaps_producer;
     return with_type(p.dtype, [&](auto tag) {
       using T = typename decltype(tag)::type;
-      const int64_t bytes = sizeof(T);
-      const int64_t half = p.head_dim / 2;
-      const bool is_wide = wide({p.q, p.k, p.q_out, p.k_out, p.cos_sin},
-                                {half * bytes, p.q_stride * bytes, p.k_stride * bytes});
-      auto* kernel = is_wide ? apply_rope_kernel<T, kWidth<T>> : apply_rope_kernel<T, 1>;
-      const int64_t num_vectors =
-          p.num_tokens * (p.num_q_heads + p.num_kv_heads) * (half / (is_wide ? kWidth<T> : 1));
-      const int64_t grid = std::min(ceil_div(num_vectors, kThreads), kMaxGridX);
-      return launch(kernel, dim3(grid), dim3(kThreads), p.stream, p);
+      auto* kernel = config.width == 1 ? apply_rope_kernel<T, 1> : apply_rope_kernel<T, kWidth<T>>;
+      return launch_with(options, kernel, dim3(config.blocks), dim3(kThreads), p.device, p.stream, p);
     });
   });
 }

@@ -138,7 +138,7 @@ Status rms_norm(const RmsNormParams& p) {
   if (Status status = check(p); !status.ok()) return status;
   if (p.num_rows == 0) return {};
   DeviceProps props;
-  if (Status status = device_props(p.device, &props); !status.ok()) return status;
+  if (Status status = props_of("rms_norm", p, &props); !status.ok()) return status;
   return run_on_device("rms_norm", p, [&] {
     const RmsNormConfig config = choose(p, props);
     LaunchOptions options;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "device/dependent_launch.cuh"
 #include "device/dtype.cuh"
 #include "device/vector.cuh"
 #include "runtime/alignment.h"
@@ -15,13 +16,38 @@ std::string to_string(const SiluAndMulParams& p) {
   return Fields().add("num_rows", p.num_rows).add("size", p.size).add("dtype", to_string(p.dtype)).str();
 }
 
+std::string to_string(const SiluAndMulConfig& c) {
+  return Fields()
+      .add("width", c.width)
+      .add("blocks", c.blocks)
+      .add("overlaps_producer", c.overlaps_producer)
+      .str();
+}
+
 namespace {
 
 constexpr int kThreads = 256;
 
-// A thread an output vector, vectors of all rows in one sequence.
+}  // namespace
+
+SiluAndMulConfig choose(const SiluAndMulParams& p, const DeviceProps& props) {
+  const int64_t bytes = size_of(p.dtype);
+  SiluAndMulConfig config;
+  config.width = wide({p.x, p.out}, {p.size * bytes, p.x_stride * bytes}) ? static_cast<int>(16 / bytes) : 1;
+  const int64_t vectors = p.num_rows * (p.size / config.width);
+  config.blocks = static_cast<int>(std::min(ceil_div(vectors, kThreads), kMaxGridX));
+  config.overlaps_producer = props.compute_major >= 9;
+  return config;
+}
+
+namespace {
+
+// A thread an output vector, vectors of all rows in one sequence. x is read by plain loads: the kernel in
+// front may still write it when this one begins.
 template <typename T, int kSize>
-__global__ void __launch_bounds__(kThreads) silu_and_mul_kernel(SiluAndMulParams p) {
+__global__ void __launch_bounds__(kThreads) silu_and_mul_kernel(const __grid_constant__ SiluAndMulParams p) {
+  launch_dependents();
+  wait_for_producers();
   const int64_t row_vectors = p.size / kSize;
   const int64_t num_vectors = p.num_rows * row_vectors;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
@@ -29,8 +55,8 @@ __global__ void __launch_bounds__(kThreads) silu_and_mul_kernel(SiluAndMulParams
     const int64_t row = at / row_vectors;
     const int64_t column = at % row_vectors * kSize;
     const T* gate_source = static_cast<const T*>(p.x) + row * p.x_stride + column;
-    const Vector<T, kSize> gate = load_readonly<kSize>(gate_source);
-    Vector<T, kSize> result = load_readonly<kSize>(gate_source + p.size);
+    const Vector<T, kSize> gate = load<kSize>(gate_source);
+    Vector<T, kSize> result = load<kSize>(gate_source + p.size);
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
       const float g = to_float(gate.data[i]);
@@ -52,15 +78,16 @@ Status check(const SiluAndMulParams& p) {
 Status silu_and_mul(const SiluAndMulParams& p) {
   if (Status status = check(p); !status.ok()) return status;
   if (p.num_rows == 0) return {};
+  DeviceProps props;
+  if (Status status = props_of("silu_and_mul", p, &props); !status.ok()) return status;
   return run_on_device("silu_and_mul", p, [&] {
+    const SiluAndMulConfig config = choose(p, props);
+    LaunchOptions options;
+    options.overlaps_producer = config.overlaps_producer;
     return with_type(p.dtype, [&](auto tag) {
       using T = typename decltype(tag)::type;
-      const int64_t bytes = sizeof(T);
-      const bool is_wide = wide({p.x, p.out}, {p.size * bytes, p.x_stride * bytes});
-      auto* kernel = is_wide ? silu_and_mul_kernel<T, kWidth<T>> : silu_and_mul_kernel<T, 1>;
-      const int64_t num_vectors = p.num_rows * (p.size / (is_wide ? kWidth<T> : 1));
-      const int64_t grid = std::min(ceil_div(num_vectors, kThreads), kMaxGridX);
-      return launch(kernel, dim3(grid), dim3(kThreads), p.stream, p);
+      auto* kernel = config.width == 1 ? silu_and_mul_kernel<T, 1> : silu_and_mul_kernel<T, kWidth<T>>;
+      return launch_with(options, kernel, dim3(config.blocks), dim3(kThreads), p.device, p.stream, p);
     });
   });
 }

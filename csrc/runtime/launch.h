@@ -3,9 +3,11 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <string>
 #include <string_view>
 #include <utility>
 
+#include "qsun/device.h"
 #include "qsun/status.h"
 #include "qsun/types.h"
 #include "runtime/error.h"
@@ -94,6 +96,13 @@ Status run_on_device(std::string_view op, const Params& params, Launches&& launc
   if (error == cudaSuccess) error = launches();
   if (error == cudaSuccess) return {};
   return cuda_status(error, std::string(op), to_string(params));
+}
+
+// The properties of params.device; a failure to ask carries the operator's name and sizes.
+template <typename Params>
+Status props_of(std::string_view op, const Params& params, DeviceProps* props) {
+  const Status status = device_props(params.device, props);
+  return status.ok() ? status : Status(status.code(), std::string(op), to_string(params), status.error());
 }
 
 constexpr int64_t kMaxGridX = 2147483647;  // blocks in the first dimension of a grid

@@ -210,7 +210,7 @@ Status sample_tokens(const SampleTokensParams& p) {
   if (Status status = check(p); !status.ok()) return status;
   if (p.num_rows == 0) return {};
   DeviceProps props;
-  if (Status status = device_props(p.device, &props); !status.ok()) return status;
+  if (Status status = props_of("sample_tokens", p, &props); !status.ok()) return status;
   return run_on_device("sample_tokens", p, [&] {
     const SampleTokensConfig config = choose(p, props);
     LaunchOptions options;

@@ -74,7 +74,7 @@ Status check(const GatherColumnsParams& p) {
 Status gather_columns(const GatherColumnsParams& p) {
   if (Status status = check(p); !status.ok() || p.M == 0) return status;
   DeviceProps props;
-  if (Status status = device_props(p.device, &props); !status.ok()) return status;
+  if (Status status = props_of("gather_columns", p, &props); !status.ok()) return status;
   return run_on_device("gather_columns", p, [&] {
     LaunchOptions options;
     options.overlaps_producer = props.compute_major >= 9;

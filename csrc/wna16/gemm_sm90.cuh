@@ -98,7 +98,7 @@ struct Copies {
   const uint8_t* sources[kWarpGroups];  // next block of each row block
   int weights_left;                     // blocks up to the end of the part, where the order begins anew
   int first_column, column, end_column, token;  // of x
-  int part_bytes;
+  int64_t part_bytes;                           // of a row block's part of the columns
 
   __device__ __forceinline__ Copies(const GemmArguments& a, const CUtensorMap* x_map, const Place& place,
                                     const Memory& memory)
@@ -111,7 +111,7 @@ struct Copies {
           a.p.panels + (row_block * a.p.column_blocks + place.column_block + place.rotation) * a.block_bytes;
     }
     weights_left = place.num_column_blocks - place.rotation;
-    part_bytes = place.num_column_blocks * a.block_bytes;
+    part_bytes = int64_t{place.num_column_blocks} * a.block_bytes;
     first_column = place.column_block * kBlockColumns;
     column = first_column + place.rotation * kBlockColumns;
     end_column = first_column + place.num_column_blocks * kBlockColumns;

@@ -70,9 +70,7 @@ Status wna16_linear(const Wna16LinearParams& p) {
   if (Status status = check(p); !status.ok()) return status;
   if (p.M == 0) return {};
   DeviceProps props;
-  if (Status status = device_props(p.device, &props); !status.ok()) {
-    return {status.code(), "wna16_linear", to_string(p), status.error()};
-  }
+  if (Status status = props_of("wna16_linear", p, &props); !status.ok()) return status;
   return run_on_device("wna16_linear", p, [&] {
     const Wna16LinearConfig config = choose(p, props);
     switch (p.bits) {

@@ -152,6 +152,7 @@ Status check(const Wna16PanelsParams& p) {
       .at_least("K", p.K, 1)
       .at_most("M", p.M, p.batch_invariant ? kMaxGridY * kTokens : int64_t{1} << 21);
   checks.at_most("N", p.N, int64_t{1} << 31).at_most("K", p.K, int64_t{1} << 30);
+  checks.at_most("column_blocks", p.column_blocks, (int64_t{1} << 30) / kBlockColumns);
   const int64_t stored = p.column_blocks * kBlockColumns;
   checks.at_least("column_blocks * 128", stored, p.K);
   if (p.gate_up) {
@@ -270,19 +271,12 @@ Status run_with_norm(const Wna16PanelsParams& p, const GemmConfig& config, const
   return !config.adds_in_cluster && norms_parts(p, config.split_k, props) ? status : with_norm(p, status);
 }
 
-Status with_props(const Wna16PanelsParams& p, DeviceProps* props) {
-  if (Status status = device_props(p.device, props); !status.ok()) {
-    return {status.code(), "wna16_panels", to_string(p), status.error()};
-  }
-  return {};
-}
-
 }  // namespace
 
 Status wna16_panels(const Wna16PanelsParams& p) {
   if (Status status = check(p); !status.ok() || p.M == 0) return status;
   DeviceProps props;
-  if (Status status = with_props(p, &props); !status.ok()) return status;
+  if (Status status = props_of("wna16_panels", p, &props); !status.ok()) return status;
   if (!uses_gemm(p, props)) return run_with_norm(p, choose_stream(p, props), props);
   const GemmConfig config = choose_gemm(p, props);
   if (Status status = check_scratch(p, config); !status.ok()) return status;
@@ -295,7 +289,7 @@ template <typename Config>
 Status run_as_told(const Wna16PanelsParams& p, const Config& config) {
   if (Status status = check(p); !status.ok() || p.M == 0) return status;
   DeviceProps props;
-  if (Status status = with_props(p, &props); !status.ok()) return status;
+  if (Status status = props_of("wna16_panels", p, &props); !status.ok()) return status;
   if (Status status = check(p, config, props); !status.ok()) return status;
   return run_with_norm(p, config, props);
 }

@@ -268,8 +268,8 @@ class Implementation:
     """One operator of one backend.
 
     supports: None when the backend can run the problem, else why not, in one line with the values that
-    decided. run: the launcher; takes validated arguments by position (the order of the operator's own
-    signature). describe: in one line, which kernel `run` would use for the problem.
+    decided. run: the launcher; takes validated arguments by position, the same as the reference's launcher;
+    further ones have defaults. describe: in one line, which kernel `run` would use for the problem.
     """
 
     supports: Callable[[Any], str | None]

@@ -92,16 +92,7 @@ def _launch(
     return cast("tuple[Tensor, Tensor]", run(logits, temperature, top_k, top_p, min_p, keys))
 
 
-def _fake(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    keys: Tensor,
-    *,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+def _fake(logits: Tensor, *others: object, backend: str | None = None) -> tuple[Tensor, Tensor]:
     batch = logits.shape[:1]
     return logits.new_empty(batch, dtype=torch.int64), logits.new_empty(batch, dtype=torch.bool)
 

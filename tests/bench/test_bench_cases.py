@@ -26,8 +26,8 @@ WRITES = (
 )
 
 
-def test_the_shapes_are_those_of_the_published_models() -> None:
-    assert set(SHAPES) == {"llama-3.1-8b", "qwen3-8b", "llama-3.1-70b", "smollm2-135m"}
+def test_the_shapes_are_those_of_the_published_models_and_a_tiny_one() -> None:
+    assert set(SHAPES) == {"llama-3.1-8b", "qwen3-8b", "llama-3.1-70b", "smollm2-135m", "tiny"}
     assert dict(shape("llama-3.1-8b").linears) == {
         "qkv": (6144, 4096),
         "o": (4096, 4096),

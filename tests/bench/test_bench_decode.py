@@ -17,7 +17,7 @@ from qsun.engine import engine as engine_module
 from qsun.errors import CheckpointError
 from qsun.models.build import Placement
 from qsun.modules.decode import DecodeModule
-from qsun_bench import decode, engine_models, step_gate
+from qsun_bench import decode, decode_steps, engine_models, step_gate
 from qsun_bench.decode import Request, decode_records
 from qsun_bench.decode_generate import GenerateTimes, time_generate
 from qsun_bench.decode_measure import Case, measure_generate, planned_bytes
@@ -28,11 +28,12 @@ from qsun_bench.engine_suites import KV_DTYPES, KvDtype
 from qsun_bench.popularity import Mix
 from qsun_bench.prefill_models import prefill_modules
 from qsun_bench.random_model import model_config, random_decode_module
-from qsun_bench.random_weights import weight_bytes
+from qsun_bench.random_weights import random_packed_weight, weight_bytes
 from qsun_bench.results import Header, Record, Run, parse
 from qsun_bench.shapes import ModelShape, shape
 from qsun_bench.step_gate import judge_step
-from qsun_kernels.quant import QuantSpec
+from qsun_kernels.quant import Bits, QuantSpec
+from qsun_kernels.quant.packing import pack_codes
 
 CPU = torch.device("cpu")
 SPEC = QuantSpec(4, 64, True)
@@ -192,7 +193,7 @@ def test_a_wrong_step_is_not_timed(tiny: Request, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(step_gate, "random_decode_module", spoil(step_gate.random_decode_module))
     monkeypatch.setattr(decode, "measure_steps", lambda *_, **__: pytest.fail("a wrong step was timed"))
     monkeypatch.setattr(decode, "measure_generate", lambda *_, **__: pytest.fail("a wrong step was timed"))
-    found = list(decode_records(replace(tiny, generate=True), READ))
+    found = list(decode_records(replace(tiny, generate="also"), READ))
     assert len(found) == 4
     for record, note in found:
         assert record is not None and not record.ok and not record.failed and record.us is None
@@ -213,7 +214,7 @@ def test_a_step_that_is_not_finite_is_wrong(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_records_of_both_kinds_with_a_mix_and_whole_answers(tiny: Request) -> None:
-    request = replace(tiny, mix=Mix(2, 1.0), generate=True, breakdown=True)
+    request = replace(tiny, mix=Mix(2, 1.0), generate="also", breakdown=True)
     found = [record for record, _ in decode_records(request, READ) if record is not None]
     assert [record.case.removeprefix("tiny.L4.") for record in found] == [
         f"{weights}.b2.c16{rest}"
@@ -271,7 +272,7 @@ def test_a_checkpoint_is_timed_as_asked_for(tmp_path: Path) -> None:
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
     source = Source(CPU, tmp_path / "model", group_size=32)
-    request = Request(source, bits=(4,), batches=(1,), contexts=(16,), tokens=3, generate=True)
+    request = Request(source, bits=(4,), batches=(1,), contexts=(16,), tokens=3, generate="also")
     (steps, note), (whole, _) = decode_records(request, READ)
     assert steps is not None and steps.ok and note == ""
     assert steps.case == "model.L2.w4g32.b1.c16" and steps.fields["group_size"] == 32
@@ -319,6 +320,39 @@ def test_a_mixed_batch_is_one_batch() -> None:
     assert engine.models == ("a", "b", "c")
 
 
+def test_given_kv_waits_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory is bounded, and with it the lead of the first requests; all come to run at once."""
+    config = tiny_module().config
+    a_request = 8 * kv_token_bytes(config, "auto", torch.bfloat16)
+    at_once = decode_steps.given_at_once
+    assert at_once(config, 6, 8, torch.bfloat16) == 6
+    monkeypatch.setattr(decode_steps, "_GIVEN_BYTES", 2 * a_request)
+    assert at_once(config, 6, 8, torch.bfloat16) == 2
+    assert at_once(config, 64, 8, torch.bfloat16) == 4 and at_once(config, 1, 8, torch.bfloat16) == 1
+    monkeypatch.setattr(decode_steps, "_GIVEN_BYTES", 1)
+    engine = given_engine(tiny_module(), "int8", batch=5, longest=80, backend=None)
+    submit_given(engine, ["a"] * 5, 8, 60)
+    assert engine.stats().running == 4 and engine.stats().waiting == 1
+    settle(engine, 5)
+    assert len(time_tokens(engine, 5, 6).intervals_s) == 6
+
+
+def test_whole_answers_alone(tiny: Request) -> None:
+    found = [record for record, _ in decode_records(replace(tiny, bits=(4,), generate="only"), READ)]
+    assert [record.case for record in found if record is not None] == ["tiny.L4.w4g128.b2.c16.generate"]
+
+
+@pytest.mark.parametrize(("bits", "K"), [(2, 70), (3, 64), (3, 70), (4, 100), (8, 33)])
+def test_random_codes_are_uniform_and_packed(bits: Bits, K: int) -> None:
+    spec = QuantSpec(bits, "channel", True)
+    packed = random_packed_weight(400, K, spec, torch.bfloat16, torch.Generator().manual_seed(1)).validate()
+    codes = packed.codes()
+    assert torch.equal(pack_codes(codes, bits), packed.qweight)
+    counts = codes.flatten().long().bincount(minlength=1 << bits)
+    expected = codes.numel() / (1 << bits)
+    assert counts.numel() == 1 << bits and (counts - expected).abs().max() < 6 * expected**0.5
+
+
 def test_tpot_leaves_out_the_first_token() -> None:
     times = GenerateTimes(9.0, ((2.0, 3.0, 4.0, 6.0), (3.5, 4.5, 5.0, 5.5)))
     assert times.ttft_s == [2.0, 3.5]
@@ -360,7 +394,7 @@ def test_steps_on_a_gpu_are_told_with_host_time_and_operators(device: torch.devi
     device = torch.device("cuda", torch.cuda.current_device())
     source = Source(device, "smollm2-135m", layers=2)
     request = Request(
-        source, batches=(1, 4), contexts=(64,), tokens=32, host=True, breakdown=True, generate=True
+        source, batches=(1, 4), contexts=(64,), tokens=32, host=True, breakdown=True, generate="also"
     )
     found = [record for record, _ in decode_records(request, 3e12)]
     assert len(found) == 8

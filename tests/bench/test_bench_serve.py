@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from qsun.core import SamplingParams, StepOutput
 from qsun.engine.engine import DecodeEngine
 from qsun.engine.options import EngineOptions
-from qsun_bench import commands, engine_models, results, serve, step_gate
+from qsun_bench import commands, engine_models, results, serve, serve_tables, step_gate
 from qsun_bench.cli import main
 from qsun_bench.engine_models import Setting, Source, load
 from qsun_bench.prefill_models import prefill_modules
@@ -22,7 +23,7 @@ from qsun_bench.random_model import model_config
 from qsun_bench.results import Record, Run
 from qsun_bench.serve import DoesNotFit, Load, Request, cache_shares, serve_records
 from qsun_bench.serve_arms import Arm, PerModelArm, SharedArm, play
-from qsun_bench.serve_metrics import Objective, Served, summarise
+from qsun_bench.serve_metrics import PROMISED_TPOT_MS, Objective, Served, summarise
 from qsun_bench.shapes import ModelShape
 from qsun_bench.workload import Arrival
 from qsun_kernels.testing import timing
@@ -64,6 +65,22 @@ def test_goodput_counts_what_was_promised_and_kept() -> None:
     assert told["ttft_ms"] == {"mean": 900.0, "p50": 500.0, "p95": 1850.0, "p99": 1970.0}
     assert told["tpot_ms"]["p50"] == 100.0 and told["tpot_ms"]["p99"] == pytest.approx(688.0)
     assert told["submission_lag_ms"]["mean"] == 62.5
+
+
+def test_goodput_is_told_over_the_arrivals_and_for_other_promises() -> None:
+    """The last answers, alone on the device, take time that no load had."""
+    every = [served(0.5, 0.512, 0.524), served(2.0, 2.028), served(1.5, 1.59), served(2.5, 2.512)]
+    told = summarise(every, 8.0, PROMISED, span_s=4.0)
+    assert told["goodput_s"] == 0.25 and told["requests_s"] == 0.5
+    by = told["goodput_by_tpot_ms"]
+    assert list(by) == [str(promised) for promised in PROMISED_TPOT_MS]
+    assert (by["10"], by["15"], by["25"], by["30"], by["100"]) == (0.0, 0.25, 0.25, 0.25, 0.25)
+    late = Objective(ttft_s=3.0, tpot_s=0.03)
+    assert summarise(every, 8.0, late, span_s=4.0)["goodput_by_tpot_ms"] == by | {
+        **dict.fromkeys(("15", "20", "25"), 0.5),
+        **dict.fromkeys(("30", "40", "50", "75", "100"), 0.75),
+        "100": 1.0,
+    }
 
 
 def engine_of(names: Sequence[str], batch: int = 4) -> DecodeEngine:
@@ -272,6 +289,36 @@ def test_records_of_both_arms(tiny: Request) -> None:
     assert "order" not in shared.fields and alone.fields["order"] == "round-robin"
 
 
+@pytest.mark.parametrize(
+    ("kept", "played"),
+    [((), "r4 r2 r1"), ((1,), "r4 r2 r1"), ((1, 2), "r4 r2 r3"), ((1, 2, 3, 4, 5), "r4 r6 r5"),
+     ((1, 2, 3, 4, 5, 6, 7), "r4 r6 r7")],
+)  # fmt: skip
+def test_the_last_rate_that_is_served_is_bisected(
+    kept: tuple[int, ...], played: str, tiny: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of seven rates each arm plays three."""
+
+    def judged(self: Any, name: str, arm: Arm, load_: Load, *_: Any) -> tuple[Record, str]:
+        met = 9 if load_.fields["rate"] in kept else 8
+        measured = {"met": met, "requests": 10}
+        return Record("serve", load_.name, name, 1.0, 1, 0.5, True, {}, measured=measured), ""
+
+    monkeypatch.setattr(serve._Bench, "play", judged)
+    loads = [Load(f"r{rate}", tiny.loads[0].arrivals, {"rate": rate}, 1.0) for rate in range(1, 8)]
+    found = [record for record, _ in serve_records(replace(tiny, loads=loads, bisect=0.9))]
+    for arm in ("shared", "per-model"):
+        assert " ".join(r.case for r in found if r is not None and r.backend == arm) == played
+    every = [record for record, _ in serve_records(replace(tiny, loads=loads, arms=("shared",)))]
+    assert [record.case for record in every if record is not None] == [load_.name for load_ in loads]
+
+
+def test_offered_is_told_over_the_arrivals(tiny: Request) -> None:
+    loads = [Load("m3.r9", tiny.loads[0].arrivals, {"rate": 9}, 2.0)]
+    ((record, _),) = serve_records(replace(tiny, loads=loads, arms=("shared",)))
+    assert record is not None and record.measured["offered_s"] == 4.5 == record.measured["goodput_s"]
+
+
 def test_a_model_of_short_requests_gets_a_small_cache(tiny: Request) -> None:
     """What its longest request takes and no more, although a prompt chunk would be longer."""
     arrivals = [Arrival(0.0, "model-0", 60, 3), Arrival(0.0, "model-1", 3, 2)]
@@ -364,6 +411,9 @@ def test_the_command_plays_a_trace(quick: None, tmp_path: Path) -> None:
     ("options", "says"),
     [
         (["--rate", "0"], "--rate: got '0', expected requests a second above 0"),
+        (["--rate", "4,2", "--bisect", "0.9"], "--bisect: looks for the last rate that is served"),
+        (["--bisect", "90"], "--bisect: got '90', expected a share above 0 and at most 1"),
+        (["--trace", "x", "--bisect", "0.9"], "--bisect: a trace states it"),
         (["--models", "0"], "--models: got '0', expected integers of at least 1"),
         (["--zipf", "-1"], "--zipf: got '-1', expected a number of at least 0"),
         (["--slo-ttft", "soon"], "--slo-ttft: got 'soon', expected milliseconds above 0"),
@@ -415,6 +465,21 @@ def test_records_are_told_as_a_table(tiny: Request) -> None:
     )  # fmt: skip
     assert rows[2][5] == "", "the baseline is not told against itself"
     assert "| m.r2 | shared | 2 | 8/10 |" in str(views.markdown(run))
+
+
+def test_the_best_of_either_arm() -> None:
+    def record(arm: str, rate: int, goodput: float, tpot: float = 20.0) -> Record:
+        fields = {"rate": rate, "slo_ttft_ms": 1000.0, "slo_tpot_ms": tpot}
+        measured = {"goodput_s": goodput, "offered_s": rate + 0.5}
+        return Record("serve", f"m.m8z1.r{rate}", arm, 1.0, 1, 0.5, True, fields, measured=measured)
+
+    records = (record("shared", 9, 9.0), record("shared", 4, 4.0), record("per-model", 4, 3.0))
+    run = Run(results.header(CPU, "qsun-bench serve", 2e10, "0123456"), records)
+    assert serve_tables.best(run) == (("1000", "20", "9 of 9.5", "3 of 4.5", "3.00x"),)
+    assert serve_tables.best(replace(run, records=records[:2])) == ()
+    assert serve_tables.best(replace(run, records=(*records, record("per-model", 3, 3.0, 30.0)))) == ()
+    none = replace(run, records=(records[0], record("per-model", 4, 0.0)))
+    assert serve_tables.best(none)[0][3:] == ("0 of 4.5", "")
 
 
 @pytest.mark.gpu

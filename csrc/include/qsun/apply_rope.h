@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <string>
 
+#include "qsun/device.h"
 #include "qsun/status.h"
 #include "qsun/types.h"
 
@@ -32,6 +33,16 @@ struct ApplyRopeParams {
   Stream stream = nullptr;
 };
 QSUN_API std::string to_string(const ApplyRopeParams& params);
+
+struct ApplyRopeConfig {
+  int width = 1;   // elements a load: 16 bytes' worth, or 1 where a base or a stride is not 16-byte aligned
+  int blocks = 1;  // a thread a pair of vectors, up to the largest grid
+  bool overlaps_producer = false;  // begins while the kernel before it still runs; needs sm_90
+};
+QSUN_API std::string to_string(const ApplyRopeConfig& config);
+
+// Pure: looks at the alignment of the pointers, never at what they point to.
+QSUN_API ApplyRopeConfig choose(const ApplyRopeParams& params, const DeviceProps& props);
 
 QSUN_API Status apply_rope(const ApplyRopeParams& params);
 

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <string>
 
+#include "qsun/device.h"
 #include "qsun/status.h"
 #include "qsun/types.h"
 
@@ -21,6 +22,16 @@ struct SiluAndMulParams {
   Stream stream = nullptr;
 };
 QSUN_API std::string to_string(const SiluAndMulParams& params);
+
+struct SiluAndMulConfig {
+  int width = 1;   // elements a load: 16 bytes' worth, or 1 where a base or a stride is not 16-byte aligned
+  int blocks = 1;  // a thread a vector of out, up to the largest grid
+  bool overlaps_producer = false;  // begins while the kernel before it still runs; needs sm_90
+};
+QSUN_API std::string to_string(const SiluAndMulConfig& config);
+
+// Pure: looks at the alignment of the pointers, never at what they point to.
+QSUN_API SiluAndMulConfig choose(const SiluAndMulParams& params, const DeviceProps& props);
 
 QSUN_API Status silu_and_mul(const SiluAndMulParams& params);
 

@@ -30,14 +30,14 @@ def prepare(packed: PackedWeight, dtype: torch.dtype) -> PreparedWeight:
     return replace(wna16_linear.prepare(packed, dtype), operator="wna16_gate_up_silu")
 
 
-def run(x: Tensor, prepared: PreparedWeight, out: Tensor | None) -> Tensor:
+def run(x: Tensor, weight: PreparedWeight, out: Tensor | None) -> Tensor:
     """``silu(x @ gate.T) * (x @ up.T)`` for x (M, K) -> (M, N / 2).
 
     Sums of 16-bit x are accumulated in float32 and rounded to the dtype of x, once, because torch has no
     product of 16-bit matrices with a float32 result on every device; silu and the multiplication then run in
     float32, with one rounding at the end. For float32 x nothing is rounded in between.
     """
-    y = silu_and_mul.run(wna16_linear.run(x, prepared, None, None, None, False))
+    y = silu_and_mul.run(wna16_linear.run(x, weight, None, None, None, False))
     return y if out is None else out.copy_(y)
 
 

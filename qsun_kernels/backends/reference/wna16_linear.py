@@ -124,7 +124,7 @@ def _pack_int4(packed: PackedWeight) -> tuple[Tensor, ...] | None:
 
 def run(
     x: Tensor,
-    prepared: PreparedWeight,
+    weight: PreparedWeight,
     bias: Tensor | None,
     residual: Tensor | None,
     out: Tensor | None,
@@ -139,10 +139,8 @@ def run(
     by the number of rows; one row from memory of its own is always the same problem. It reads the weight once
     a row.
     """
-    if batch_invariant:
-        y = _multiply_rows(x, prepared, bias, residual)
-    else:
-        y = _multiply(x, prepared, bias, residual)
+    multiply = _multiply_rows if batch_invariant else _multiply
+    y = multiply(x, weight, bias, residual)
     return y if out is None else out.copy_(y)
 
 

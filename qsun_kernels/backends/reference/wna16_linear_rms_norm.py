@@ -20,7 +20,7 @@ def describe(problem: Wna16LinearRmsNormProblem) -> str:
 
 def run(
     x: Tensor,
-    prepared: PreparedWeight,
+    weight: PreparedWeight,
     residual: Tensor,
     norm_weight: Tensor,
     eps: float,
@@ -28,7 +28,7 @@ def run(
     batch_invariant: bool,
 ) -> tuple[Tensor, Tensor]:
     """x (M, K), residual (M, N), norm_weight (N,) -> (norm of r, r), both (M, N)."""
-    stream = wna16_linear.run(x, prepared, bias, residual, None, batch_invariant)
+    stream = wna16_linear.run(x, weight, bias, residual, None, batch_invariant)
     return rms_norm.normalize(stream, norm_weight, eps), stream
 
 

@@ -55,6 +55,22 @@ def extension() -> Any:
     return library.binding
 
 
+@pytest.fixture
+def h100(extension: Any) -> Any:
+    """What choices depend on."""
+    return extension.DeviceProps(
+        compute_major=9, compute_minor=0, sm_count=132, shared_memory_per_block=227 * 1024, l2_bytes=50 << 20
+    )
+
+
+@pytest.fixture
+def a100(extension: Any) -> Any:
+    """No clusters, no overlapping launches, and less shared memory."""
+    return extension.DeviceProps(
+        compute_major=8, compute_minor=0, sm_count=108, shared_memory_per_block=163 * 1024, l2_bytes=40 << 20
+    )
+
+
 @dataclass(frozen=True)
 class Kernels:
     """Where kernels run. `run` calls the launcher of an operator by name."""

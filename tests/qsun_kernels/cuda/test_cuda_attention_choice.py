@@ -10,13 +10,6 @@ FLOAT, HALF, BFLOAT, FP8, INT8, INT4 = range(6)  # dtype codes
 NONE, TENSOR, TOKEN = range(3)  # of scales
 
 
-@pytest.fixture
-def h100(extension):
-    return extension.DeviceProps(
-        compute_major=9, compute_minor=0, sm_count=132, shared_memory_per_block=227 * 1024, l2_bytes=50 << 20
-    )
-
-
 @pytest.mark.parametrize(
     ("batch", "heads", "head_dim", "max_blocks", "window", "expected"),
     [
@@ -119,10 +112,7 @@ def test_who_shares_prefixes(extension, h100, change, shares) -> None:
     assert (config is not None and config.prefix_parts > 0) == shares
 
 
-def test_a_ring_fits_an_older_gpu(extension) -> None:
-    a100 = extension.DeviceProps(
-        compute_major=8, compute_minor=0, sm_count=108, shared_memory_per_block=163 * 1024, l2_bytes=40 << 20
-    )
+def test_a_ring_fits_an_older_gpu(extension, a100) -> None:
     for head_dim, expected in ((64, (4, 2)), (96, (3, 2)), (128, (4, 1)), (256, (2, 1))):
         config = extension.choose_paged_attention_decode(
             1, 1, 8, 8, head_dim, 16, 64, -1, HALF, HALF, NONE, a100

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from qsun_kernels.backends.cuda import attention, library
-from qsun_kernels.backends.problems import PagedAttentionDecodeProblem
 from qsun_kernels.errors import KernelLaunchError
 from qsun_kernels.testing import inputs
 from qsun_kernels.testing.coded_cache import CodedCache, code_cache
+from qsun_kernels.testing.cuda_attention import attend, config, plan_of
 from qsun_kernels.testing.inputs import PagedAttentionInputs
 from qsun_kernels.testing.judge import judge_paged_attention_decode
 from qsun_kernels.testing.kv_codes import KV_KINDS, dequantised
@@ -36,26 +36,19 @@ class Problem:
     k: CodedCache
     v: CodedCache
 
-    def run(self, plan: Any = None, told: Any = None) -> tuple[Tensor, Tensor]:
+    @property
+    def called(self) -> PagedAttentionInputs:
         a = self.judged
-        device = a.q.device
-        caches = (self.k.cache.to(device), self.v.cache.to(device))
-        with inputs.poisoned_outputs():  # the scratch of the parts, too
-            return attention.paged_attention_decode(
-                *(a.q, *caches, a.block_table, a.seq_lens, a.softmax_scale, a.window, a.softcap, a.sinks),
-                *(None, plan, self.k.scale.to(device), self.v.scale.to(device)),
-                config=told,
-            )
+        k_cache, v_cache, k_scale, v_scale = (
+            part.to(a.q.device) for part in (self.k.cache, self.v.cache, self.k.scale, self.v.scale)
+        )
+        return replace(a, k_cache=k_cache, v_cache=v_cache, k_scale=k_scale, v_scale=v_scale)
+
+    def run(self, plan: Any = None, told: Any = None) -> tuple[Tensor, Tensor]:
+        return attend(self.called, plan, told)
 
     def plan(self, told: Any = None) -> tuple[Tensor, ...]:
-        a = self.judged
-        per_tensor = self.k.scale.dim() == 1
-        problem = PagedAttentionDecodeProblem(
-            *(a.q.shape[1], a.k_cache.shape[1], a.q.shape[2], a.k_cache.shape[2], a.window),
-            *(a.q.dtype, self.k.cache.dtype, a.q.device, "tensor" if per_tensor else "token"),
-        )
-        with inputs.poisoned_outputs():
-            return attention.plan_paged_attention(problem, a.seq_lens, a.q_len, a.window, config=told)
+        return plan_of(self.called, told)
 
     def judge(self, got: tuple[Tensor, Tensor]) -> Any:
         return judge_paged_attention_decode(got, self.judged)
@@ -351,14 +344,7 @@ def test_any_cut_and_one_plan_for_two_calls(kernels, monkeypatch, kind, group, q
     chosen = chosen_for(problem)
     cuts = ((1, 2, 1), (2, 3, 1), (3, 2, 1), (8, 3, 2), (17, 4, 3), (500, 2, 1))
     for parts, stages, minimum in kernels.pick(cuts, cuts[2:5]):
-        told = library.binding.PagedAttentionDecodeConfig(
-            warps=chosen.warps,
-            stages=min(stages, chosen.stages),
-            blocks_per_sm=1,
-            parts=parts,
-            min_part_units=minimum,
-            overlaps_producer=False,
-        )
+        told = config(parts, warps=chosen.warps, stages=min(stages, chosen.stages), min_part_units=minimum)
         plan = problem.plan(told)
         first = problem.run(plan, told)
         problem.judge(first).require()

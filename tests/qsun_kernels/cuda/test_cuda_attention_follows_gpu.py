@@ -14,10 +14,9 @@ from torch import Tensor
 
 from qsun_kernels.backends import cuda
 from qsun_kernels.backends.cuda import attention, library
-from qsun_kernels.backends.problems import PagedAttentionDecodeProblem
 from qsun_kernels.errors import KernelLaunchError
-from qsun_kernels.ops.cache_checks import kind_of
 from qsun_kernels.testing import inputs
+from qsun_kernels.testing.cuda_attention import attend, config, plan_of
 from qsun_kernels.testing.inputs import PagedAttentionInputs
 from qsun_kernels.testing.judge import judge_paged_attention_decode
 
@@ -51,50 +50,9 @@ def draw(
     )
 
 
-def plan_of(
-    a: PagedAttentionInputs,
-    *,
-    shares: bool = False,
-    config: library.binding.PagedAttentionDecodeConfig | None = None,
-) -> tuple[Tensor, ...]:
-    problem = PagedAttentionDecodeProblem(
-        *(a.q.shape[1], a.k_cache.shape[1], a.q.shape[2], a.k_cache.shape[2], a.window),
-        *(a.q.dtype, a.k_cache.dtype, a.q.device, kind_of(a.k_scale)),
-    )
-    table = a.block_table if shares else None
-    plan = attention.plan_paged_attention(problem, a.seq_lens, a.q_len, a.window, table, config=config)
-    assert len(plan) == (2 if shares else 1)
-    return plan
-
-
-def attend(
-    a: PagedAttentionInputs,
-    plan: tuple[Tensor, ...] | None,
-    follows: bool,
-    out: Tensor | None = None,
-    config: library.binding.PagedAttentionDecodeConfig | None = None,
-) -> tuple[Tensor, Tensor]:
-    with inputs.poisoned_outputs():
-        return attention.paged_attention_decode(
-            *(a.q, a.k_cache, a.v_cache, a.block_table, a.seq_lens, a.softmax_scale, a.window),
-            *(a.softcap, a.sinks, out, plan, a.k_scale, a.v_scale, follows),
-            config=config,
-        )
-
-
 def sharing_config() -> library.binding.PagedAttentionDecodeConfig:
     """Shares whatever there is; items and requests lie across parts."""
-    return library.binding.PagedAttentionDecodeConfig(
-        warps=4,
-        stages=3,
-        blocks_per_sm=1,
-        parts=7,
-        min_part_units=1,
-        prefix_parts=5,
-        min_prefix_tiles=1,
-        min_saved_tiles=0,
-        overlaps_producer=True,
-    )
+    return config(7, prefix_parts=5, overlaps_producer=True)
 
 
 def guard_the_writes(a: PagedAttentionInputs, out: Tensor, guard: Callable[[Tensor], None]) -> None:
@@ -135,11 +93,12 @@ def test_nothing_new_is_read_too_early(
     monkeypatch.setenv("QSUN_EMULATOR_COPIES", copies)
     a = draw(LENGTHS, torch.device("cpu"), kv=kv, group=group, q_len=q_len, window=window)
     plan = plan_of(a)
-    expected = attend(a, plan, False)
+    assert len(plan) == 1
+    expected = attend(a, plan)
     judge_paged_attention_decode(expected, a).require()
     out = torch.full_like(expected[0], torch.nan)
     guard_the_writes(a, out, guard)
-    got = attend(a, plan, True, out)
+    got = attend(a, plan, out=out, follows_write=True)
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
 
 
@@ -157,10 +116,10 @@ def test_nothing_new_is_read_too_early_around_shared_prefixes(
     lengths = (700, 3, 128 + q_len, 0, 330, 65 + q_len, 192, 1)
     a = draw(lengths, torch.device("cpu"), group=group, q_len=q_len)
     inputs.share_prefix(a, (0, 2, 4, 6), 4)
-    config = sharing_config()
-    plan = plan_of(a, shares=True, config=config)
+    told = sharing_config()
+    plan = plan_of(a, told, shares=True)
     assert int(plan[1][3]) > 0, "nothing is shared"
-    expected = attend(a, plan, False, config=config)
+    expected = attend(a, plan, told)
     judge_paged_attention_decode(expected, a).require()
     out = torch.full_like(expected[0], torch.nan)
     guard_the_writes(a, out, guard)
@@ -174,7 +133,7 @@ def test_nothing_new_is_read_too_early_around_shared_prefixes(
         return made
 
     monkeypatch.setattr(torch, "empty", guarded_scratch)
-    got = attend(a, plan, True, out, config)
+    got = attend(a, plan, told, out=out, follows_write=True)
     assert len(hidden) == 1 and torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
 
 
@@ -191,16 +150,16 @@ def test_what_is_older_is_read_at_once(emulated_kernels, guard, what, kv) -> Non
         "plan": plan[0],
     }
     guard(hidden[what])
-    expected = attend(a, plan, False)
+    expected = attend(a, plan)
     judge_paged_attention_decode(expected, a).require()
     if what == "plan":  # bytes of 0xff: no part has work
-        assert attend(a, plan, True)[0].isnan().all()
+        assert attend(a, plan, follows_write=True)[0].isnan().all()
     else:
         message = "the producer writes" if what == "an older position" else "trap"
         with pytest.raises(KernelLaunchError, match=message):
-            attend(a, plan, True)
+            attend(a, plan, follows_write=True)
     # The launch in front is the one that makes the plan.
-    own = attend(a, None, True)
+    own = attend(a, follows_write=True)
     assert torch.equal(own[0], expected[0])
 
 
@@ -210,19 +169,19 @@ def test_what_is_older_is_read_at_once_around_shared_prefixes(emulated_kernels, 
     """Both launches start early: each finds nothing where what it goes along is the write's after all."""
     a = draw((330, 200, 70), torch.device("cpu"))
     inputs.share_prefix(a, (0, 1), 4)
-    config = sharing_config()
-    plan = plan_of(a, shares=True, config=config)
-    expected = attend(a, plan, False, config=config)
+    told = sharing_config()
+    plan = plan_of(a, told, shares=True)
+    expected = attend(a, plan, told)
     judge_paged_attention_decode(expected, a).require()
     hidden = {"a shared position": next(rows_of_position(a, 1, 5)), "the prefixes": plan[1], "plan": plan[0]}
     guard(hidden[what])
-    again = attend(a, plan, False, config=config)
+    again = attend(a, plan, told)
     assert torch.equal(again[0], expected[0])
     if what == "a shared position":
         with pytest.raises(KernelLaunchError, match="the producer writes"):
-            attend(a, plan, True, config=config)
+            attend(a, plan, told, follows_write=True)
         return
-    is_lost = attend(a, plan, True, config=config)[0].isnan().all(dim=-1).all(dim=-1)
+    is_lost = attend(a, plan, told, follows_write=True)[0].isnan().all(dim=-1).all(dim=-1)
     # Bytes of 0xff: no part has work. Without prefixes those are lost that begin behind one.
     assert is_lost.tolist() == ([True] * 3 if what == "plan" else [True, True, False])
 
@@ -243,6 +202,7 @@ def test_every_step_sees_its_new_token(kv, shares, batch) -> None:
     if shares:
         inputs.share_prefix(a, range(batch), 24)
     plan = plan_of(a, shares=shares)
+    assert len(plan) == (2 if shares else 1)
     assert not shares or (int(plan[1][3]) > 0) == (batch > 1)
     last = a.seq_lens.long() - 1
     blocks = a.block_table.gather(1, (last // 32)[:, None])[:, 0].long()

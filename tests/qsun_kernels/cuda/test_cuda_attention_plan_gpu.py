@@ -8,47 +8,10 @@ import torch
 from qsun_kernels.backends.cuda import attention, library
 from qsun_kernels.backends.problems import PagedAttentionDecodeProblem
 from qsun_kernels.testing import inputs
+from qsun_kernels.testing.cuda_attention import attend, config, plan_of
 from qsun_kernels.testing.judge import judge_paged_attention_decode
 
 TILE = 64
-
-
-def config(parts, *, warps=4, stages=3, min_part_units=1):
-    return library.binding.PagedAttentionDecodeConfig(
-        warps=warps,
-        stages=stages,
-        blocks_per_sm=1,
-        parts=parts,
-        min_part_units=min_part_units,
-        overlaps_producer=False,
-    )
-
-
-def problem_of(a):
-    return PagedAttentionDecodeProblem(
-        num_q_heads=a.q.shape[1],
-        num_kv_heads=a.k_cache.shape[1],
-        head_dim=a.q.shape[2],
-        block_size=a.k_cache.shape[2],
-        window=a.window,
-        dtype=a.q.dtype,
-        kv_dtype=a.q.dtype,
-        device=a.q.device,
-    )
-
-
-def plan_of(a, told=None):
-    with inputs.poisoned_outputs():
-        return attention.plan_paged_attention(problem_of(a), a.seq_lens, a.q_len, a.window, config=told)
-
-
-def attend(a, plan=None, told=None):
-    with inputs.poisoned_outputs():
-        return attention.paged_attention_decode(
-            *(a.q, a.k_cache, a.v_cache, a.block_table, a.seq_lens, a.softmax_scale, a.window),
-            *(a.softcap, a.sinks, None, plan),
-            config=told,
-        )
 
 
 def units_of(length: int, reach: int) -> int:

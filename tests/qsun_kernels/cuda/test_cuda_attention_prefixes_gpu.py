@@ -8,57 +8,21 @@ import pytest
 import torch
 
 from qsun_kernels.backends.cuda import attention, library
-from qsun_kernels.backends.problems import PagedAttentionDecodeProblem
 from qsun_kernels.errors import KernelLaunchError
-from qsun_kernels.testing import inputs
+from qsun_kernels.testing import cuda_attention, inputs
+from qsun_kernels.testing.cuda_attention import attend, problem_of
 from qsun_kernels.testing.judge import judge_paged_attention_decode
 
 TILE = 64
 ROWS = 64  # query rows of an item
 
 
-def config(parts=5, *, prefix_parts=7, stages=2, min_prefix_tiles=1, min_saved_tiles=0):
-    return library.binding.PagedAttentionDecodeConfig(
-        warps=4,
-        stages=stages,
-        blocks_per_sm=1,
-        parts=parts,
-        min_part_units=1,
-        prefix_parts=prefix_parts,
-        min_prefix_tiles=min_prefix_tiles,
-        min_saved_tiles=min_saved_tiles,
-        overlaps_producer=False,
-    )
+def config(parts=5, *, prefix_parts=7, stages=2, **changes):
+    return cuda_attention.config(parts, prefix_parts=prefix_parts, stages=stages, **changes)
 
 
-def problem_of(a):
-    return PagedAttentionDecodeProblem(
-        num_q_heads=a.q.shape[1],
-        num_kv_heads=a.k_cache.shape[1],
-        head_dim=a.q.shape[2],
-        block_size=a.k_cache.shape[2],
-        window=a.window,
-        dtype=a.q.dtype,
-        kv_dtype=a.q.dtype,
-        device=a.q.device,
-    )
-
-
-def plan_of(a, told=None, block_table=None):
-    table = a.block_table if block_table is None else block_table
-    with inputs.poisoned_outputs():
-        return attention.plan_paged_attention(
-            problem_of(a), a.seq_lens, a.q_len, a.window, table, config=told
-        )
-
-
-def attend(a, plan=None, told=None):
-    with inputs.poisoned_outputs():
-        return attention.paged_attention_decode(
-            *(a.q, a.k_cache, a.v_cache, a.block_table, a.seq_lens, a.softmax_scale, a.window),
-            *(a.softcap, a.sinks, None, plan),
-            config=told,
-        )
+def plan_of(a, told=None):
+    return cuda_attention.plan_of(a, told, shares=True)
 
 
 def equal_bits(one, other) -> bool:

@@ -1,7 +1,8 @@
-"""The built binding on any machine: its facts, choices, refused arguments, errors without a GPU."""
+"""The built binding on any machine: its facts, refused arguments, errors without a GPU."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -13,27 +14,7 @@ import torch
 
 from qsun_kernels.errors import KernelLaunchError
 
-H100 = {
-    "compute_major": 9,
-    "compute_minor": 0,
-    "sm_count": 132,
-    "shared_memory_per_block": 232_448,
-    "l2_bytes": 52_428_800,
-}
 NO_DRIVER = re.compile(r"cudaError(InsufficientDriver|NoDevice|NotSupported|StubLibrary)")
-
-
-@pytest.fixture
-def h100(extension):
-    return extension.DeviceProps(**H100)
-
-
-@pytest.fixture
-def a100(extension):
-    """No clusters, and less shared memory."""
-    return extension.DeviceProps(
-        **{**H100, "compute_major": 8, "sm_count": 108, "shared_memory_per_block": 166_912}
-    )
 
 
 def test_build_info_is_complete(extension) -> None:
@@ -107,93 +88,6 @@ for ask in (lambda: _C.device_info(0), lambda: _C.silu_and_mul(16, 16, 2, 64, 12
     assert "num_rows=2 size=64" in lines[1] and "M=1 N=32 K=32 bits=4" in lines[2]
 
 
-# ---- which kernel, which grid
-
-
-@pytest.mark.parametrize(
-    ("M", "N", "tile_m", "warps", "grid_n", "grid_m"),
-    [
-        (1, 4096, 1, 8, 256, 1),
-        (2, 4096, 2, 8, 256, 1),
-        (3, 4096, 4, 8, 256, 1),
-        (8, 28672, 8, 8, 1792, 1),
-        (9, 4096, 8, 8, 256, 2),
-        (1, 576, 1, 2, 144, 1),  # few rows: smaller blocks, more of them
-        (1, 1, 1, 2, 1, 1),
-        (64, 576, 8, 8, 36, 8),
-        (10**7, 2, 8, 8, 1, 65535),  # a grid's second dimension ends there, the kernel takes more turns
-    ],
-)
-def test_choose_wna16_linear(extension, h100, M, N, tile_m, warps, grid_n, grid_m) -> None:
-    config = extension.choose_wna16_linear(M, N, h100)
-    got = (config.tile_m, config.warps, config.grid_n, config.grid_m)
-    assert got == (tile_m, warps, grid_n, grid_m), repr(config)
-    assert repr(config) == (
-        f"Wna16LinearConfig(tile_m={tile_m} warps={warps} grid_n={grid_n} grid_m={grid_m})"
-    )
-
-
-@pytest.mark.parametrize("N", (1, 15, 16, 17, 576, 4095, 2**31 - 1))
-def test_every_weight_row_has_a_warp(extension, h100, N) -> None:
-    for M in (1, 2, 4, 8, 100):
-        config = extension.choose_wna16_linear(M, N, h100)
-        assert config.grid_n * config.warps * 2 >= N > (config.grid_n - 1) * config.warps * 2
-        assert config.tile_m * config.grid_m >= M
-
-
-def test_choose_rms_norm(extension, h100, a100) -> None:
-    half = 1
-    choose = extension.choose_rms_norm
-    expected = "RmsNormConfig(width=8 threads=256 overlaps_producer=1)"
-    assert repr(choose(4096, 4096, 4096, half, h100)) == expected
-    assert choose(4096, 576, 576, half, h100).threads == 64
-    assert choose(4096, 10**6, 10**6, half, h100).threads == 1024
-    for unaligned in ((4098, 4096, 4096), (4096, 4095, 4096), (4096, 4096, 4097)):
-        assert choose(*unaligned, half, h100).width == 1
-    assert not choose(4096, 4096, 4096, half, a100).overlaps_producer
-
-
-def test_choose_write_kv_cache(extension, h100) -> None:
-    half, int8 = 1, 4
-    choose = extension.choose_write_kv_cache
-    copy = choose(4096, 128, 0, 128, False, half, half, h100)
-    assert repr(copy) == "WriteKvCacheConfig(copies=1 is_wide=1 lanes=0 overlaps_producer=1)"
-    assert not choose(4096, 128, 0, 127, False, half, half, h100).is_wide
-    for arguments in ((4, 128, True, half), (0, 128, True, half), (0, 128, False, int8)):
-        config = choose(4096, 128, *arguments, half, h100)
-        assert (config.copies, config.is_wide, config.lanes) == (False, True, 8)
-    for dtype, lanes in (
-        (half, {16: 1, 64: 4, 80: 8, 96: 8, 128: 8, 256: 16, 512: 32}),
-        (0, {8: 1, 256: 32}),
-    ):
-        for head_dim, expected in lanes.items():
-            assert choose(4096, 512, 4, head_dim, True, int8, dtype, h100).lanes == expected
-    # A vector of each half: 16 elements of 16 bits; an address, a stride that 16 bytes do not divide
-    for k, k_stride, head_dim in ((4096, 512, 24), (4098, 512, 128), (4096, 129, 128)):
-        assert not choose(k, k_stride, 4, head_dim, True, int8, half, h100).is_wide
-    ampere = extension.DeviceProps(**{**H100, "compute_major": 8})
-    assert not choose(4096, 128, 4, 128, True, half, half, ampere).overlaps_producer
-
-
-@pytest.mark.parametrize(
-    ("vocabulary", "dtype", "blocks", "staged"),
-    [(1, 0, 1, True), (2048, 0, 1, True), (2049, 0, 2, True), (49152, 1, 8, True), (128256, 0, 8, True),
-     (151936, 2, 8, True), (400_000, 0, 8, True), (600_000, 0, 8, False), (2**22, 2, 8, False)],
-)  # fmt: skip
-def test_choose_sample_tokens(extension, h100, vocabulary, dtype, blocks, staged) -> None:
-    config = extension.choose_sample_tokens(vocabulary, dtype, h100)
-    assert (config.blocks, config.staged, config.overlaps_producer) == (blocks, staged, True)
-    assert config.shared_bytes <= h100.shared_memory_per_block
-    if staged:  # the share of the row, wherever it begins, beside what the search needs
-        assert config.shared_bytes > vocabulary * 4 / blocks
-
-
-def test_choose_sample_tokens_without_clusters(extension, a100) -> None:
-    config = extension.choose_sample_tokens(128256, 0, a100)
-    assert (config.blocks, config.staged, config.overlaps_producer) == (1, False, False)
-    assert extension.choose_sample_tokens(32000, 0, a100).staged
-
-
 # ---- refused arguments
 
 ADDRESS = 4096
@@ -263,6 +157,7 @@ REFUSED = [
     ("wna16_panels", {"M": -1}, "M is -1; expected at least 0"),
     ("wna16_panels", {"N": 0}, "N is 0; expected at least 1"),
     ("wna16_panels", {"K": 200}, "column_blocks * 128 is 128; expected at least 200"),
+    ("wna16_panels", {"column_blocks": 2**23 + 1}, "column_blocks is 8388609; expected at most 8388608"),
     ("wna16_panels", {"N": 33, "gate_up": True}, "N is 33; expected a multiple of 2"),
     ("wna16_panels", {"bias": ADDRESS, "gate_up": True}, "bias is given; expected null with gate_up"),
     ("wna16_panels", {"residual": ADDRESS, "gate_up": True}, "residual is given; expected null with gate_up"),
@@ -386,6 +281,30 @@ def test_refused_arguments(extension, operator, change, message) -> None:
     assert (
         str(caught.value) == f"{operator} failed to launch with {caught.value.shapes}: {caught.value.error}"
     )
+
+
+def test_every_operator_fails_under_its_own_name_without_a_gpu(extension) -> None:
+    """Also where the first thing that fails is the question what device this is."""
+    script = """
+import json, sys
+from qsun_kernels import _C
+from qsun_kernels.errors import KernelLaunchError
+for operator, arguments in json.loads(sys.argv[1]).items():
+    try:
+        getattr(_C, operator)(**arguments)
+    except KernelLaunchError as error:
+        print(error.operator, error.shapes, error.error, sep="|")
+"""
+    calls = json.dumps({operator: {**values, **ENDING} for operator, values in CALLS.items()})
+    done = subprocess.run(
+        [sys.executable, "-c", script, calls], capture_output=True, text=True, env=hidden_gpus(), check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for operator, line in zip(CALLS, done.stdout.splitlines(), strict=True):
+        name, shapes, error = line.split("|")
+        # wna16_linear's own kernel is for float32, which is asked first.
+        expected = "float32" if operator == "wna16_linear" else NO_DRIVER
+        assert name == operator and "=" in shapes and re.search(expected, error), line
 
 
 @pytest.mark.slow

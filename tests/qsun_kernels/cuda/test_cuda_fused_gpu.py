@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 
+from qsun_kernels.backends import cuda
 from qsun_kernels.errors import KernelLaunchError
 from qsun_kernels.testing import inputs
 from qsun_kernels.testing.judge import judge_apply_rope, judge_rms_norm, judge_silu_and_mul
@@ -116,3 +119,73 @@ def test_a_position_past_the_table_traps(emulated_kernels, position) -> None:
     q = torch.ones(1, 2, 8)
     with pytest.raises(KernelLaunchError, match=r"apply_rope.*trap"):
         kernels.run("apply_rope", q, q, torch.tensor([position]), torch.ones(40, 8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ("forward", "reverse", "3"))
+@pytest.mark.parametrize("size", (64, 33))
+@pytest.mark.parametrize("operator", ("rms_norm", "silu_and_mul", "apply_rope"))
+def test_nothing_is_read_before_the_producers_have_ended(
+    emulated_kernels, emulated_extension, guard, monkeypatch, operator, size, order
+) -> None:
+    """By vectors (64) and by elements: any argument may be what the kernel in front writes."""
+    monkeypatch.setenv("QSUN_EMULATOR_ORDER", order)
+    source, dtype = inputs.generator(size), torch.bfloat16
+    x, residual = (inputs.normal(source, (3, 2 * size), dtype) for _ in range(2))
+    q, k, _ = inputs.qkv_views(source, 3, 4, 2, 2 * size, dtype)
+    arguments = {
+        "rms_norm": (x, inputs.normal(source, (2 * size,), dtype), 1e-5, residual),
+        "silu_and_mul": (x,),
+        "apply_rope": (q, k, torch.tensor([9, 0, 4]), torch.rand(10, 2 * size, generator=source)),
+    }[operator]
+    expected = results_of(emulated_kernels, operator, *arguments)
+    for argument in arguments:
+        for row in argument if isinstance(argument, torch.Tensor) else ():
+            guard(row)
+    got = results_of(emulated_kernels, operator, *arguments)
+    assert all(torch.equal(one, right) for one, right in zip(got, expected, strict=True))
+    # And the kernel behind it may begin at once.
+    assert ctypes.CDLL(emulated_extension.__file__).triggered_before_wait() == 1
+
+
+def results_of(kernels, operator, *arguments) -> tuple[torch.Tensor, ...]:
+    result = kernels.run(operator, *arguments)
+    return result if isinstance(result, tuple) else (result,)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", (1, 64))
+def test_a_chain_of_launches_that_overlap(device, tokens) -> None:
+    """Each reads what the one in front writes, many times in one graph, whose inputs change."""
+    run = {name: implementation.run for name, implementation in cuda.IMPLEMENTATIONS.items()}
+    source, dtype, heads, head_dim = inputs.generator(tokens), torch.bfloat16, 32, 128
+    hidden = heads * head_dim
+    weight = inputs.normal(source, (2 * hidden,), dtype, device)
+    positions = torch.randint(40, (tokens,), generator=source).to(device)
+    cos_sin = torch.rand(40, head_dim, generator=source).to(device)
+    wait = torch.cuda.synchronize
+
+    def chain(x: torch.Tensor, between=lambda: None) -> torch.Tensor:
+        for _ in range(25):
+            normed = run["rms_norm"](x, weight, 1e-5, None)
+            between()
+            gated = run["silu_and_mul"](normed).view(tokens, heads, head_dim)
+            between()
+            q, k = run["apply_rope"](gated, gated, positions, cos_sin)
+            between()
+            x = torch.cat((q.view(tokens, hidden), k.view(tokens, hidden)), dim=1)
+            between()
+        return x
+
+    contents = [inputs.normal(source, (tokens, 2 * hidden), dtype, device) for _ in range(4)]
+    expected = [chain(x, wait) for x in contents]
+    x = contents[0].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain(x)
+    for _ in range(5):
+        for content, right in zip(contents, expected, strict=True):
+            x.copy_(content)
+            graph.replay()
+            wait()
+            assert torch.equal(captured, right)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -319,6 +320,25 @@ def test_a_tile_configuration_that_cannot_run_is_refused(device) -> None:
             gemm(x, weight, **{**right, **wrong})
     with pytest.raises(KernelLaunchError, match="x is misaligned"):
         gemm(torch.ones(64, 260, dtype=torch.float16, device=device)[:, 1:257], weight, **right)
+
+
+@pytest.mark.gpu
+@pytest.mark.sm90
+def test_more_bytes_in_a_row_of_blocks_than_32_bits_count(device) -> None:
+    """The second row of blocks begins at its second block, and comes back to the first past 2 GB."""
+    dtype, spec, columns = torch.bfloat16, QuantSpec(8, 128, True), 2**25
+    packed = inputs.packed_weight(inputs.generator(3), 128, 256, spec, scale_dtype=dtype, device=device)
+    weight = cuda.IMPLEMENTATIONS["wna16_linear"].prepare(packed, dtype)
+    (panels,) = weight.tensors
+    first, other = panels[:, :1], panels[:, 1:]
+    long = torch.cat((first, other.expand(-1, columns // 128 - 1, -1)), dim=1)
+    assert long[0].nbytes > 2**31
+    weight = replace(weight, K=columns, tensors=(long,))
+    x = torch.zeros(2, columns, dtype=dtype, device=device)
+    x[0, 5], x[1, -1] = 1.0, 1.0
+    dense = cuda.IMPLEMENTATIONS["dequantize"].run(packed, dtype)
+    config = {"token_tile": 16, "warp_groups": 1, "split_k": 1, "stages": 4, "adds_in_cluster": False}
+    assert torch.equal(gemm(x, weight, **config), torch.stack((dense[:, 5], dense[:, -1])))
 
 
 @pytest.mark.parametrize("act_order", (False, True))

@@ -1,0 +1,113 @@
+"""Which kernel and which grid the library chooses, on any machine."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "tile_m", "warps", "grid_n", "grid_m"),
+    [
+        (1, 4096, 1, 8, 256, 1),
+        (2, 4096, 2, 8, 256, 1),
+        (3, 4096, 4, 8, 256, 1),
+        (8, 28672, 8, 8, 1792, 1),
+        (9, 4096, 8, 8, 256, 2),
+        (1, 576, 1, 2, 144, 1),  # few rows: smaller blocks, more of them
+        (1, 1, 1, 2, 1, 1),
+        (64, 576, 8, 8, 36, 8),
+        (10**7, 2, 8, 8, 1, 65535),  # a grid's second dimension ends there, the kernel takes more turns
+    ],
+)
+def test_choose_wna16_linear(extension, h100, M, N, tile_m, warps, grid_n, grid_m) -> None:
+    config = extension.choose_wna16_linear(M, N, h100)
+    got = (config.tile_m, config.warps, config.grid_n, config.grid_m)
+    assert got == (tile_m, warps, grid_n, grid_m), repr(config)
+    assert repr(config) == (
+        f"Wna16LinearConfig(tile_m={tile_m} warps={warps} grid_n={grid_n} grid_m={grid_m})"
+    )
+
+
+@pytest.mark.parametrize("N", (1, 15, 16, 17, 576, 4095, 2**31 - 1))
+def test_every_weight_row_has_a_warp(extension, h100, N) -> None:
+    for M in (1, 2, 4, 8, 100):
+        config = extension.choose_wna16_linear(M, N, h100)
+        assert config.grid_n * config.warps * 2 >= N > (config.grid_n - 1) * config.warps * 2
+        assert config.tile_m * config.grid_m >= M
+
+
+def test_choose_rms_norm(extension, h100, a100) -> None:
+    half = 1
+    choose = extension.choose_rms_norm
+    expected = "RmsNormConfig(width=8 threads=256 overlaps_producer=1)"
+    assert repr(choose(4096, 4096, 4096, half, h100)) == expected
+    assert choose(4096, 576, 576, half, h100).threads == 64
+    assert choose(4096, 10**6, 10**6, half, h100).threads == 1024
+    for unaligned in ((4098, 4096, 4096), (4096, 4095, 4096), (4096, 4096, 4097)):
+        assert choose(*unaligned, half, h100).width == 1
+    assert not choose(4096, 4096, 4096, half, a100).overlaps_producer
+
+
+def test_choose_silu_and_mul(extension, h100, a100) -> None:
+    half, choose = 1, extension.choose_silu_and_mul
+    expected = "SiluAndMulConfig(width=8 blocks=14 overlaps_producer=1)"
+    assert repr(choose(4096, 2, 14336, 28672, half, h100)) == expected
+    assert choose(4096, 1, 1, 2, half, h100).blocks == 1
+    for unaligned in ((4098, 2, 14336, 28672), (4096, 2, 14332, 28672), (4096, 2, 14336, 28673)):
+        config = choose(*unaligned, half, h100)
+        assert (config.width, config.blocks) == (1, 112)
+    assert choose(4096, 2**40, 14336, 28672, half, h100).blocks == 2**31 - 1  # threads take more turns
+    assert not choose(4096, 2, 14336, 28672, half, a100).overlaps_producer
+
+
+def test_choose_apply_rope(extension, h100, a100) -> None:
+    half, choose = 1, extension.choose_apply_rope
+    expected = "ApplyRopeConfig(width=8 blocks=4 overlaps_producer=1)"
+    assert repr(choose(4096, 3, 32, 8, 128, 4096, 1024, half, h100)) == expected
+    assert choose(4096, 1, 1, 1, 2, 2, 2, half, h100).blocks == 1
+    # An address, half a head, a stride that 16 bytes do not divide
+    for q, head_dim, stride in ((4098, 128, 1024), (4096, 120, 1024), (4096, 128, 1025)):
+        config = choose(q, 3, 32, 8, head_dim, 4096, stride, half, h100)
+        assert (config.width, config.blocks) == (1, -(-3 * 40 * (head_dim // 2) // 256))
+    assert choose(4096, 2**40, 32, 8, 128, 4096, 1024, half, h100).blocks == 2**31 - 1
+    assert not choose(4096, 3, 32, 8, 128, 4096, 1024, half, a100).overlaps_producer
+
+
+def test_choose_write_kv_cache(extension, h100, a100) -> None:
+    half, int8 = 1, 4
+    choose = extension.choose_write_kv_cache
+    copy = choose(4096, 128, 0, 128, False, half, half, h100)
+    assert repr(copy) == "WriteKvCacheConfig(copies=1 is_wide=1 lanes=0 overlaps_producer=1)"
+    assert not choose(4096, 128, 0, 127, False, half, half, h100).is_wide
+    for arguments in ((4, 128, True, half), (0, 128, True, half), (0, 128, False, int8)):
+        config = choose(4096, 128, *arguments, half, h100)
+        assert (config.copies, config.is_wide, config.lanes) == (False, True, 8)
+    for dtype, lanes in (
+        (half, {16: 1, 64: 4, 80: 8, 96: 8, 128: 8, 256: 16, 512: 32}),
+        (0, {8: 1, 256: 32}),
+    ):
+        for head_dim, expected in lanes.items():
+            assert choose(4096, 512, 4, head_dim, True, int8, dtype, h100).lanes == expected
+    # A vector of each half: 16 elements of 16 bits; an address, a stride that 16 bytes do not divide
+    for k, k_stride, head_dim in ((4096, 512, 24), (4098, 512, 128), (4096, 129, 128)):
+        assert not choose(k, k_stride, 4, head_dim, True, int8, half, h100).is_wide
+    assert not choose(4096, 128, 4, 128, True, half, half, a100).overlaps_producer
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype", "blocks", "staged"),
+    [(1, 0, 1, True), (2048, 0, 1, True), (2049, 0, 2, True), (49152, 1, 8, True), (128256, 0, 8, True),
+     (151936, 2, 8, True), (400_000, 0, 8, True), (600_000, 0, 8, False), (2**22, 2, 8, False)],
+)  # fmt: skip
+def test_choose_sample_tokens(extension, h100, vocabulary, dtype, blocks, staged) -> None:
+    config = extension.choose_sample_tokens(vocabulary, dtype, h100)
+    assert (config.blocks, config.staged, config.overlaps_producer) == (blocks, staged, True)
+    assert config.shared_bytes <= h100.shared_memory_per_block
+    if staged:  # the share of the row, wherever it begins, beside what the search needs
+        assert config.shared_bytes > vocabulary * 4 / blocks
+
+
+def test_choose_sample_tokens_without_clusters(extension, a100) -> None:
+    config = extension.choose_sample_tokens(128256, 0, a100)
+    assert (config.blocks, config.staged, config.overlaps_producer) == (1, False, False)
+    assert extension.choose_sample_tokens(32000, 0, a100).staged
