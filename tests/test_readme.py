@@ -24,6 +24,7 @@ def test_the_kernel_users_block(capsys: pytest.CaptureFixture[str]) -> None:
     assert "torch.Size([8, 4096])" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_the_engine_users_block(capsys: pytest.CaptureFixture[str], smollm2_gguf: Path) -> None:
     weights = str(smollm2_gguf)
     code = blocks()[1].replace("path/to/base", weights).replace("path/to/sql-model", weights)

@@ -188,13 +188,19 @@ def compiled(case: str, launch: Launch, arch: int) -> dict[str, object]:
     begin = time.perf_counter()
     binary = triton.compile(source_of(kernel, arguments), target=GPUTarget("cuda", arch, 32), options=options)
     seconds = time.perf_counter() - begin
+    # Disassembling takes as long as compiling a small kernel, and is for wgmma alone (HGMMA in machine code).
+    has_warpgroup_products = "wgmma.mma_async" in binary.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
         usage, sass = (
             subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
-            for what in ("-res-usage", "-sass")
+            if wanted
+            else ""
+            for what, wanted in (("-res-usage", True), ("-sass", has_warpgroup_products))
         )
+    if has_warpgroup_products and "HGMMA" not in sass:
+        raise AssertionError(f"{kernel.__name__} ({case}): wgmma in its PTX, no HGMMA in its machine code")
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK"))
     return {
         "kernel": kernel.__name__,

@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("triton")
 pytestmark = [
     pytest.mark.triton,
+    pytest.mark.long,
     pytest.mark.skipif(torch.cuda.is_available(), reason="compute-sanitizer does it on a GPU"),
     pytest.mark.skipif(sys.platform != "linux", reason="protects pages with mprotect"),
 ]
