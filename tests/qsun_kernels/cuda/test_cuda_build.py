@@ -101,7 +101,7 @@ def call(addresses: str, **values: float) -> dict[str, float]:
 CALLS = {
     "rms_norm": call(
         "x weight out", residual=0, residual_out=0, num_rows=2, hidden_size=64, x_stride=64,
-        residual_stride=0, eps=0,
+        residual_stride=0, eps=0, prefetch_weight=False,
     ),
     "silu_and_mul": call("x out", num_rows=2, size=64, x_stride=128),
     "sample_tokens": call(
@@ -115,7 +115,7 @@ CALLS = {
         "k v q q_out k_cache v_cache k_scale v_scale slot_mapping positions cos_sin q_norm k_norm",
         num_tokens=2, num_q_heads=4, num_kv_heads=2, head_dim=64, num_blocks=3, block_size=16,
         max_positions=100, q_stride=256, k_stride=128, v_stride=128, eps=1e-6, rotate=True, kv_dtype=4,
-        kv_scales=2,
+        kv_scales=2, settled=False,
     ),
     "wna16_linear": call(
         "x qweight scales out", qzeros=0, g_idx=0, bias=0, residual=0, M=2, N=32, K=64, x_stride=64,
