@@ -192,7 +192,8 @@ __device__ __forceinline__ void multiply(const GemmArguments& a, int num_column_
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         uint32_t& pair = fragments[group % 2][i][r];
-        pair = scaled_pair<T, kBits>(codes.words, step, r, factors.offset[r % 2], factors.scale[r % 2]);
+        pair = scaled_pair<T, kBits>(codes.words[step / kHalfSteps], step % kHalfSteps, r,
+                                     factors.offset[r % 2], factors.scale[r % 2]);
       }
     }
 #pragma unroll

@@ -11,12 +11,12 @@ namespace {
 
 // Where one lane's part of a row tile lies in shared memory.
 struct LanePlace {
-  const unsigned char *pieces, *third_bits, *scales, *zeros;
+  const unsigned char *pieces, *half_pieces, *scales, *zeros;
 
   __device__ __forceinline__ LanePlace(const unsigned char* tile, int bits, int groups, unsigned lane)
       : pieces(tile + lane * 16),
-        third_bits(tile + tile_code_bytes(bits) + lane * 8),
-        scales(tile + tile_code_bytes(bits) + tile_third_bit_bytes(bits) + lane / 4 * groups * 4),
+        half_pieces(tile + tile_piece_bytes(bits) + lane * 8),
+        scales(tile + tile_code_bytes(bits) + lane / 4 * groups * 4),
         zeros(scales + tile_scale_bytes(groups) - lane / 4 * groups * 2) {}
 };
 
@@ -27,17 +27,23 @@ struct LaneCodes {
   // For want of registers with 8 bits: the second 64 columns come later, scales of small groups at their use.
   static constexpr bool kInHalves = kBits == 8, kLateGroups = kBits == 8 && !kOneGroup;
 
-  uint32_t words[kLaneWords<kBits>];
-  uint32_t scales[kGroups];      // row g, row g + 8
-  uint32_t zeros[kGroups] = {};  // bytes: row g, row g + 8
+  uint32_t words[2][kHalfWords<kBits>];  // of each half of the columns
+  uint32_t scales[kGroups];              // row g, row g + 8
+  uint32_t zeros[kGroups] = {};          // bytes: row g, row g + 8
 
   template <int kFirst, int kCount>
   __device__ __forceinline__ void load_pieces(const unsigned char* pieces) {
 #pragma unroll
     for (int i = kFirst; i < kFirst + kCount; ++i) {
       const uint4 loaded = *reinterpret_cast<const uint4*>(pieces + i * kWarpLanes * 16);
-      words[4 * i] = loaded.x, words[4 * i + 1] = loaded.y;
-      words[4 * i + 2] = loaded.z, words[4 * i + 3] = loaded.w;
+      if constexpr (kBits >= 4) {
+        constexpr int kPieces = kHalfWords<kBits> / 4;  // of a half
+        uint32_t* target = words[i / kPieces] + i % kPieces * 4;
+        target[0] = loaded.x, target[1] = loaded.y, target[2] = loaded.z, target[3] = loaded.w;
+      } else {
+        words[0][0] = loaded.x, words[0][1] = loaded.y;
+        words[1][0] = loaded.z, words[1][1] = loaded.w;
+      }
     }
   }
   __device__ __forceinline__ void load_groups(const GemmArguments& a, const LanePlace& place, int block,
@@ -54,8 +60,8 @@ struct LaneCodes {
   __device__ __forceinline__ void load(const GemmArguments& a, const LanePlace& place, int block) {
     load_pieces<0, kBits >= 4 ? 2 : 1>(place.pieces + block);
     if constexpr (kBits == 3) {
-      const uint2 loaded = *reinterpret_cast<const uint2*>(place.third_bits + block);
-      words[4] = loaded.x, words[5] = loaded.y;
+      const uint2 loaded = *reinterpret_cast<const uint2*>(place.half_pieces + block);
+      words[0][2] = loaded.x, words[1][2] = loaded.y;
     }
     if constexpr (!kLateGroups) load_groups(a, place, block, 0, kGroups);
   }
@@ -69,11 +75,11 @@ template <typename T, int kBits, bool kHasZeros>
 struct GroupFactors {
   using Offset = ZeroOffset<T, kBits, 0>;
   uint32_t scale[2];
-  Offset offset[2] = {Offset(1u << (kBits - 1)), Offset(1u << (kBits - 1))};
+  Offset offset[2] = {Offset(1u << (kBits - 1), 0), Offset(1u << (kBits - 1), 1)};
 
   __device__ __forceinline__ void set(uint32_t scales, uint32_t zeros) {
     scale[0] = permute_bytes(scales, scales, 0x1010), scale[1] = permute_bytes(scales, scales, 0x3232);
-    if constexpr (kHasZeros) offset[0] = Offset(zeros & 0xffu), offset[1] = Offset(zeros >> 8);
+    if constexpr (kHasZeros) offset[0] = Offset(zeros & 0xffu, 0), offset[1] = Offset(zeros >> 8, 1);
   }
 };
 

@@ -13,135 +13,59 @@
 // Weights do not depend on the kernel before: the ring is filled with them before wait_for_producers(), so
 // the memory stays busy from one launch to the next. x follows the wait.
 //
-// Up to two token tiles the codes enter the product as exact integers and the scale is applied to the float32
-// sum of a group ("exact"). With more, sums of groups would take as many registers as the result: weights are
-// rounded to (code - zero) * scale in 16 bits instead ("rounded"), as a dense 16-bit weight would be.
+// Up to two token tiles the codes enter the product with the base of their float, which is taken off the
+// float32 sum of a group before its scale is applied (stream_multiply.cuh). With more, sums of groups would
+// take as many registers as the result: weights are rounded to (code - zero) * scale in 16 bits instead, as a
+// dense 16-bit weight would be.
 #pragma once
-
-#include <type_traits>
 
 #include "device/activation.cuh"
 #include "device/dependent_launch.cuh"
-#include "device/mma.cuh"
-#include "device/panel_codes.cuh"
 #include "runtime/alignment.h"
 #include "runtime/launch.h"
 #include "wna16/stream_copies.cuh"
+#include "wna16/stream_multiply.cuh"
 
 namespace qsun {
 namespace {
-
-// The words of this lane for quarter q (two steps) of a row tile, at the places of steps 0 and 1. codes: this
-// lane's first piece.
-template <int kBits>
-__device__ __forceinline__ void load_words(uint32_t codes, uint32_t third_bits, uint32_t q,
-                                           uint32_t (&words)[kLaneWords<kBits>]) {
-  if constexpr (kBits == 8) {
-    const uint4 loaded = load_shared_u128(codes + q * (kWarpLanes * kPieceBytes));
-    words[0] = loaded.x, words[1] = loaded.y, words[2] = loaded.z, words[3] = loaded.w;
-  } else if constexpr (kBits == 4) {
-    const uint2 loaded = load_shared_u64(codes + q / 2 * (kWarpLanes * kPieceBytes) + q % 2 * 8);
-    words[0] = loaded.x, words[1] = loaded.y;
-  } else {
-    words[0] = load_shared_u32(codes + q * 4);
-    if constexpr (kBits == 3) words[4] = load_shared_u32(third_bits + q / 2 * 4) >> (q % 2 * 8);
-  }
-}
-
-// Multiplies one block of columns, two steps ("a quarter") at a time, group by group. kOneGroup: the block is
-// one group; else each quarter is taken as one.
-//
-// kExact: `parts` holds the sums of (code - zero) * x of the group under way, which its scale then takes into
-// `sums`; else weights are rounded with their scale and summed at once.
-template <typename T, int kBits, int kTokenTiles, int kRowTiles, bool kOneGroup>
-__device__ __forceinline__ void multiply_block(const StreamArguments& a, uint32_t stage,
-                                               const uint32_t (&x_addresses)[kTokenTiles], uint32_t lane,
-                                               float (&sums)[kRowTiles][kTokenTiles][4]) {
-  constexpr bool kExact = kTokenTiles <= kExactTokenTiles;
-  constexpr int kShift = kExact ? kExactShift<T, kBits> : 0;
-  constexpr int kGroups = kOneGroup ? 1 : kMaxGroups, kQuarters = kMaxGroups / kGroups;
-  // Products on one sum wait for each other: with few sums, those of even and of odd steps are kept apart.
-  constexpr int kChains = kExact && kTokenTiles * kRowTiles < 4 ? 2 : 1;
-  const int groups = kOneGroup ? 1 : a.p.groups_per_block;
-  const uint32_t codes = stage + lane * kPieceBytes, third_bits = stage + tile_code_bytes(kBits) + lane * 8;
-  const uint32_t tables = stage + tile_code_bytes(kBits) + tile_third_bit_bytes(kBits);
-  const uint32_t scales = tables + lane / 4u * groups * 4;
-  const uint32_t zeros = tables + tile_scale_bytes(groups) + lane / 4u * groups * 2;
-#pragma unroll 1
-  for (uint32_t group = 0; group < kGroups; ++group) {
-    // What the group's codes need
-    const uint32_t own = kOneGroup ? 0 : group * groups / kMaxGroups;
-    uint32_t zero[kRowTiles];   // of row g in the low byte, of row g + 8 in the next
-    uint32_t scale[kRowTiles];  // of row g in the low half, of row g + 8 in the high
-#pragma unroll
-    for (int rt = 0; rt < kRowTiles; ++rt) {
-      scale[rt] = load_shared_u32(scales + own * 4 + rt * a.tile_bytes);
-      zero[rt] = (1u << (kBits - 1)) * 0x101u;
-    }
-    if (a.p.has_zeros) {
-#pragma unroll
-      for (int rt = 0; rt < kRowTiles; ++rt) zero[rt] = load_shared_u16(zeros + own * 2 + rt * a.tile_bytes);
-    }
-
-    // Multiply
-    float parts[kExact ? kChains : 1][kExact ? kRowTiles : 1][kTokenTiles][4] = {};
-#pragma unroll
-    for (int i = 0; i < kQuarters; ++i) {
-      const uint32_t q = group * kQuarters + i;
-      uint32_t b[kTokenTiles][4];
-#pragma unroll
-      for (int j = 0; j < kTokenTiles; ++j) load_matrices(b[j], x_addresses[j] + q * 64);
-#pragma unroll
-      for (int rt = 0; rt < kRowTiles; ++rt) {
-        uint32_t words[kLaneWords<kBits>];
-        load_words<kBits>(codes + rt * a.tile_bytes, third_bits + rt * a.tile_bytes, q, words);
-        const ZeroOffset<T, kBits, kShift> offset[2] = {ZeroOffset<T, kBits, kShift>(zero[rt] & 0xffu),
-                                                        ZeroOffset<T, kBits, kShift>(zero[rt] >> 8)};
-#pragma unroll
-        for (int s = 0; s < 2; ++s) {
-          uint32_t w[4];
-#pragma unroll
-          for (int r = 0; r < 4; ++r) {
-            if constexpr (kExact) {
-              w[r] = exact_pair<T, kBits, kShift>(words, s, r, offset[r % 2]);
-            } else {
-              const uint32_t twice = permute_bytes(scale[rt], scale[rt], r % 2 == 0 ? 0x1010 : 0x3232);
-              w[r] = scaled_pair<T, kBits>(words, s, r, offset[r % 2], twice);
-            }
-          }
-#pragma unroll
-          for (int j = 0; j < kTokenTiles; ++j) {
-            mma_m16n8k16<T>(kExact ? parts[s % kChains][rt][j] : sums[rt][j], w, b[j][2 * s],
-                            b[j][2 * s + 1]);
-          }
-        }
-      }
-    }
-
-    // Scale
-    if constexpr (kExact) {
-#pragma unroll
-      for (int rt = 0; rt < kRowTiles; ++rt) {
-        const Pair<T> both = as_pair<T>(scale[rt]);
-        const float factor[2] = {to_float(both.x), to_float(both.y)};
-#pragma unroll
-        for (int j = 0; j < kTokenTiles; ++j) {
-#pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            float part = parts[0][rt][j][c];
-            if constexpr (kChains == 2) part += parts[1][rt][j][c];
-            sums[rt][j][c] = fmaf(part, factor[c / 2], sums[rt][j][c]);
-          }
-        }
-      }
-    }
-  }
-}
 
 // What an output takes besides its product.
 template <typename T>
 struct Addends {
   T bias, residual;
+};
+
+// The outputs of a group of row tiles, kRows rows: number i is column `column(i)`, from n0 on, of token
+// `token(i)`.
+template <int kRows>
+struct TileOutputs {
+  int is_pair;  // an output takes a row of gate and one of up
+  int64_t n0;
+  int columns, columns_log2;
+  int count;  // those past the last column included
+
+  __device__ __forceinline__ TileOutputs(const Wna16PanelsParams& p, int tile, int tiles, int tokens)
+      : is_pair(p.gate_up ? 1 : 0),
+        n0(static_cast<int64_t>(tile) * kTileRows >> is_pair),
+        columns(min(tiles * kTileRows >> is_pair, static_cast<int>((p.N >> is_pair) - n0))),
+        columns_log2(log2_of(kRows) - is_pair),
+        count(tokens << columns_log2) {}
+
+  __device__ __forceinline__ int token(int i) const { return i >> columns_log2; }
+  __device__ __forceinline__ int column(int i) const { return i & ((1 << columns_log2) - 1); }
+
+  // m0: the first token.
+  template <typename T>
+  __device__ __forceinline__ Addends<T> addends(const Wna16PanelsParams& p, int m0, int i) const {
+    Addends<T> addends{from_float<T>(0.0f), from_float<T>(0.0f)};
+    if (is_pair || i >= count || column(i) >= columns) return addends;
+    if (p.bias != nullptr) addends.bias = static_cast<const T*>(p.bias)[n0 + column(i)];
+    if (p.residual != nullptr) {
+      const int64_t row = (m0 + token(i)) * p.residual_stride;
+      addends.residual = static_cast<const T*>(p.residual)[row + n0 + column(i)];
+    }
+    return addends;
+  }
 };
 
 template <typename T, int kBits, int kTokenTiles, int kRowTiles, bool kEngine>
@@ -159,19 +83,19 @@ __global__ void __launch_bounds__(max_stream_warps(kTokenTiles, kRowTiles, kBits
     // Roles
     const uint32_t shared = shared_address(dynamic_shared());
     const uint32_t lane = threadIdx.x % kWarpLanes;
-    const int warp = static_cast<int>(threadIdx.x / kWarpLanes),
-              warps = static_cast<int>(blockDim.x / kWarpLanes);
+    const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / kWarpLanes), 0);  // uniform
+    const int warps = a.warps;
     const int first_tile = a.row_tiles.begin(static_cast<int>(blockIdx.x));
     const int end_tile = a.row_tiles.begin(static_cast<int>(blockIdx.x) + 1);
     const int m0 = static_cast<int>(blockIdx.y) * kTokenTiles * kTokens;
     const int x_rows = min(static_cast<int>(a.p.M) - m0, a.x_rows);
     const uint32_t stage_bytes = a.memory.stage_bytes;
     const uint32_t ring = shared + kHeadBytes + warp * a.memory.ring_bytes;
+    const uint32_t barriers = shared + warp * kMaxStreamStages * kBarrierBytes;
     // Blocks that run at once begin at different columns: all reading the same x at the same time would have
     // the few slices of the L2 that hold it answer one after another.
     const int own_blocks = warp < a.column_blocks ? (a.column_blocks - warp - 1) / warps + 1 : 1;
     const int start = warp + static_cast<int>(blockIdx.x) % own_blocks * warps;
-    const uint32_t barriers = shared + kZeroRowBytes + warp * kMaxStreamStages * kBarrierBytes;
     StreamCopies<T, kBits, kRowTiles, kEngine> copies{a,
                                                       static_cast<const T*>(a.p.x) + m0 * a.p.x_stride,
                                                       x_rows,
@@ -179,95 +103,87 @@ __global__ void __launch_bounds__(max_stream_warps(kTokenTiles, kRowTiles, kBits
                                                       warp,
                                                       warps,
                                                       start,
-                                                      ring,
-                                                      ring + a.memory.ring_bytes,
-                                                      stage_bytes,
-                                                      barriers,
                                                       lane,
                                                       evict_first_policy()};
 
     // Fill the ring: weights before the wait, x after it
-    copies.init_barriers();
+    copies.init_barriers(barriers);
     if (!a.p.prefetch_weights) wait_for_producers();
     copies.begin(first_tile);
 #pragma unroll 1
     for (int i = 0; i < a.stages; ++i) {
       if (!copies.is_done()) {
-        copies.weights();
+        copies.weights(ring + i * stage_bytes, barriers + i * kBarrierBytes);
         copies.advance();
       }
       copies.commit();
     }
-    if (threadIdx.x < kZeroRowBytes / 16) store_shared_u128(shared + threadIdx.x * 16, {0, 0, 0, 0});
-    __syncthreads();
     wait_for_producers();
     copies.begin(first_tile);
 #pragma unroll 1
     for (int i = 0; i < a.stages; ++i) {
       if (!copies.is_done()) {
-        copies.activations();
+        copies.activations(ring + i * stage_bytes, barriers + i * kBarrierBytes);
         copies.advance();
       }
       copies.commit();
     }
 
+    // Where the lane's address of x lies in a stage. Tokens past the last are the last one again: a product
+    // of their own, which nobody reads.
+    uint32_t x_offsets[kTokenTiles];
+#pragma unroll
+    for (int j = 0; j < kTokenTiles; ++j) {
+      const int row = min(static_cast<int>(j * kTokens + lane % 8), x_rows - 1);
+      x_offsets[j] = a.weight_bytes + row * kXRowBytes + lane / 8 * kPieceBytes;
+    }
+
     constexpr int kRows = kRowTiles * kTileRows;
     constexpr int kPartRow = part_row_floats(kRowTiles) * 4;
     const uint32_t parts = shared + a.memory.part_offset, part_stride = a.memory.part_stride;
-    uint32_t read = ring, read_barrier = barriers, parity = 0;
+    int turn = 0;  // of two rounds through the ring: which stage is read next, and in which phase
 #pragma unroll 1
     for (int tile = first_tile; tile < end_tile; tile += kRowTiles) {
-      // Outputs of this tile: token and column of each
-      const int is_pair = a.p.gate_up ? 1 : 0;  // an output takes a row of gate and one of up
-      const int64_t n0 = static_cast<int64_t>(tile) * kTileRows >> is_pair;
-      const int columns = min(min(end_tile - tile, kRowTiles) * kTileRows >> is_pair,
-                              static_cast<int>((a.p.N >> is_pair) - n0));
-      const int columns_log2 = log2_of(kRows) - is_pair;
-      const int outputs = x_rows << columns_log2;
-      const auto addends_of = [&](int i) {
-        const int token = i >> columns_log2, column = i & ((1 << columns_log2) - 1);
-        Addends<T> addends{from_float<T>(0.0f), from_float<T>(0.0f)};
-        if (is_pair || i >= outputs || column >= columns) return addends;
-        if (a.p.bias != nullptr) addends.bias = static_cast<const T*>(a.p.bias)[n0 + column];
-        if (a.p.residual != nullptr) {
-          addends.residual =
-              static_cast<const T*>(a.p.residual)[(m0 + token) * a.p.residual_stride + n0 + column];
-        }
-        return addends;
-      };
-      // A thread's first output is often its only one: what is added to it comes while products are made.
-      const Addends<T> first_addends = addends_of(static_cast<int>(threadIdx.x));
+      // A thread's first output is often its only one: what is added to it comes while products are made, if
+      // there are registers for it.
+      Addends<T> first_addends;
+      if constexpr (kEngine) {
+        const TileOutputs<kRows> of_tile(a.p, tile, min(end_tile - tile, kRowTiles), x_rows);
+        first_addends = of_tile.template addends<T>(a.p, m0, static_cast<int>(threadIdx.x));
+      }
 
       // Multiply
       float sums[kRowTiles][kTokenTiles][4] = {};
 #pragma unroll 1
       for (int column_block = warp; column_block < a.column_blocks; column_block += warps) {
+        const int parity = turn >= a.stages ? 1 : 0, index = turn - parity * a.stages;
+        const uint32_t stage = ring + index * stage_bytes, barrier = barriers + index * kBarrierBytes;
         uint32_t x_addresses[kTokenTiles];
 #pragma unroll
-        for (int j = 0; j < kTokenTiles; ++j) {
-          const int row = static_cast<int>(j * kTokens + lane % 8);
-          x_addresses[j] =
-              (row < x_rows ? read + a.weight_bytes + row * kXRowBytes : shared) + lane / 8 * kPieceBytes;
-        }
-        copies.wait(read_barrier, parity);
+        for (int j = 0; j < kTokenTiles; ++j) x_addresses[j] = stage + x_offsets[j];
+        copies.wait(barrier, parity);
         if (a.p.groups_per_block == 1) {
-          multiply_block<T, kBits, kTokenTiles, kRowTiles, true>(a, read, x_addresses, lane, sums);
+          if (a.p.has_zeros) {
+            multiply_block<T, kBits, kTokenTiles, kRowTiles, true, true>(a, stage, x_addresses, lane, sums);
+          } else {
+            multiply_block<T, kBits, kTokenTiles, kRowTiles, true, false>(a, stage, x_addresses, lane, sums);
+          }
+        } else if (a.p.has_zeros) {
+          multiply_block<T, kBits, kTokenTiles, kRowTiles, false, true>(a, stage, x_addresses, lane, sums);
         } else {
-          multiply_block<T, kBits, kTokenTiles, kRowTiles, false>(a, read, x_addresses, lane, sums);
+          multiply_block<T, kBits, kTokenTiles, kRowTiles, false, false>(a, stage, x_addresses, lane, sums);
         }
         __syncwarp();
         if (!copies.is_done()) {
-          copies.weights();
-          copies.activations();
+          copies.weights(stage, barrier);
+          copies.activations(stage, barrier);
           copies.advance();
         }
         copies.commit();
-        read += stage_bytes, read_barrier += kBarrierBytes;
-        if (read == copies.ring_end) read = ring, read_barrier = barriers, parity ^= 1u;
+        if (++turn == 2 * a.stages) turn = 0;
       }
 
       // Lay this warp's sums out by token and row
-      if (tile > first_tile) __syncthreads();  // those of the tiles before have been read
       const uint32_t part = parts + warp * part_stride + lane % 4 * 2 * kPartRow + lane / 4 * 4;
 #pragma unroll
       for (int j = 0; j < kTokenTiles; ++j) {
@@ -285,34 +201,37 @@ __global__ void __launch_bounds__(max_stream_warps(kTokenTiles, kRowTiles, kBits
       __syncthreads();
 
       // Add up warps, in order
-      constexpr bool kExact = kTokenTiles <= kExactTokenTiles;
-      constexpr float kUnshift = kExact ? static_cast<float>(1u << kExactShift<T, kBits>) : 1.0f;
-      auto* out = static_cast<T*>(a.p.out) + m0 * a.p.out_stride + n0;
+      constexpr float kFactors[2] = {sum_factor<T, kBits, 0>(kTokenTiles),
+                                     sum_factor<T, kBits, 1>(kTokenTiles)};
+      const TileOutputs<kRows> outputs(a.p, tile, min(end_tile - tile, kRowTiles), x_rows);
+      auto* out = static_cast<T*>(a.p.out) + m0 * a.p.out_stride + outputs.n0;
 #pragma unroll 1
-      for (int i = static_cast<int>(threadIdx.x); i < outputs; i += static_cast<int>(blockDim.x)) {
-        const int token = i >> columns_log2, column = i & ((1 << columns_log2) - 1);
-        if (column >= columns) continue;
-        const int row = is_pair ? column / 8 * kTileRows + column % 8 : column;
+      for (int i = static_cast<int>(threadIdx.x); i < outputs.count; i += static_cast<int>(blockDim.x)) {
+        const int token = outputs.token(i), column = outputs.column(i);
+        if (column >= outputs.columns) continue;
+        const int row = outputs.is_pair ? column / 8 * kTileRows + column % 8 : column;
         uint32_t place = parts + token * kPartRow + row * 4;
         float value = 0.0f, gate = 0.0f;
 #pragma unroll 1
-        for (int half = 0; half <= is_pair; ++half, place += 8 * 4) {
+        for (int half = 0; half <= outputs.is_pair; ++half, place += 8 * 4) {
           gate = value;
           value = 0.0f;
           uint32_t at = place;
 #pragma unroll 4
           for (int w = 0; w < warps; ++w, at += part_stride) value += load_shared_f32(at);
-          value *= kUnshift;
+          value *= (row + half * 8) % kTileRows < 8 ? kFactors[0] : kFactors[1];
         }
-        if (is_pair) {
+        if (outputs.is_pair) {
           value *= silu(gate);
         } else {
-          const Addends<T> addends = i == static_cast<int>(threadIdx.x) ? first_addends : addends_of(i);
+          const bool is_first = kEngine && i == static_cast<int>(threadIdx.x);
+          const Addends<T> addends = is_first ? first_addends : outputs.template addends<T>(a.p, m0, i);
           if (a.p.bias != nullptr) value += to_float(addends.bias);
           if (a.p.residual != nullptr) value += to_float(addends.residual);
         }
         out[token * a.p.out_stride + column] = from_float<T>(value);
       }
+      if (tile + kRowTiles < end_tile) __syncthreads();  // before the next tiles' sums are laid out
     }
     if constexpr (!kEngine) wait_async_copies<0>();
   }
@@ -326,10 +245,13 @@ cudaError_t launch_stream_tile(const Wna16PanelsParams& p, const StreamConfig& c
   a.column_blocks = static_cast<int>(p.column_blocks);
   a.row_tiles = EvenShares(static_cast<int>(ceil_div(p.N, kTileRows)), config.row_blocks);
   a.tile_bytes = tile_bytes(p.bits, p.groups_per_block, p.has_zeros);
+  a.block_bytes = block_bytes(p.bits, p.groups_per_block, p.has_zeros);
+  a.warps = config.warps;
   a.stages = config.stages;
   a.x_rows = stream_x_rows(p, config);
   a.weight_bytes = kRowTiles * a.tile_bytes;
   a.wide_x = wide({p.x}, {p.x_stride * static_cast<int64_t>(sizeof(T))});
+  a.whole_blocks = a.wide_x ? static_cast<int>(p.K / kBlockColumns) : 0;
   const dim3 grid(config.row_blocks, ceil_div(p.M, kTokenTiles * kTokens));
   LaunchOptions options;
   options.shared_bytes = a.memory.total;

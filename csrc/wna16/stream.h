@@ -13,15 +13,13 @@ namespace qsun {
 
 constexpr int kTokens = 8;  // of a token tile, the tensor core's N
 constexpr int kMaxStreamWarps = 16;
-constexpr int kExactTokenTiles = 2;                 // up to which codes are multiplied as integers
+constexpr int kExactTokenTiles = 2;                 // up to which the scale follows the sum of a group
 constexpr int kXRowBytes = kBlockColumns * 2 + 16;  // of x in shared memory; padded: the 8 rows of a fragment
                                                     // lie in different banks
 
-// Shared memory of a block: a row of zeros that stands for tokens past M, the barriers of the warps' rings,
-// the rings, and the warps' sums.
-constexpr int kZeroRowBytes = 256;
+// Shared memory of a block: the barriers of the warps' rings, the rings, and the warps' sums.
 constexpr int kMaxStreamStages = 4;
-constexpr int kHeadBytes = kZeroRowBytes + kMaxStreamWarps * kMaxStreamStages * kBarrierBytes;
+constexpr int kHeadBytes = kMaxStreamWarps * kMaxStreamStages * kBarrierBytes;
 
 // Warps that a block may have: as many as leave registers for the next kernel's blocks.
 QSUN_HOST_DEVICE constexpr int max_stream_warps(int token_tiles, int row_tiles, int bits) {

@@ -28,10 +28,13 @@ struct StreamArguments {
   EvenShares row_tiles;  // of the weight, padding left out, over the grid's x
   int column_blocks;
   int tile_bytes;
+  int block_bytes;
+  int warps;
   int stages;
   int x_rows;        // of a stage
   int weight_bytes;  // of a stage
   bool wide_x;       // rows of x are aligned to 16 bytes
+  int whole_blocks;  // column blocks of x that the copy engine can take: none unless wide_x
 };
 
 // Copies the columns k0 .. k0 + 127 of x one by one: for rows of x that wider copies cannot take, and for the
@@ -52,7 +55,7 @@ __device__ __noinline__ void gather_x(const StreamArguments& a, const T* x, int 
   }
 }
 
-// Where a warp's copies have got to: the next column block of the next group of row tiles.
+// Which copies are next: a column block of a group of row tiles.
 struct Cursor {
   int tile;  // first of the group; end_tile and beyond: nothing is left
   int column_block;
@@ -66,21 +69,17 @@ struct StreamCopies {
   int end_tile;
   int first, step;  // the warp's column blocks: first, first + step, ...
   int start;        // the one of them that it begins with
-  uint32_t ring, ring_end, stage_bytes;
-  uint32_t barriers;  // kEngine: one a stage
   uint32_t lane;
   uint64_t policy;
   Cursor next;
-  uint32_t stage, barrier;  // that `next` goes to
 
   __device__ __forceinline__ bool is_done() const { return next.tile >= end_tile; }
 
   __device__ __forceinline__ void begin(int tile) {
     next = {first < a.column_blocks ? tile : end_tile, start};
-    stage = ring, barrier = barriers;
   }
 
-  __device__ __forceinline__ void init_barriers() const {
+  __device__ __forceinline__ void init_barriers(uint32_t barriers) const {
     if constexpr (kEngine) {
       if (lane == 0) {
 #pragma unroll 1
@@ -96,55 +95,50 @@ struct StreamCopies {
     next.column_block += step;
     if (next.column_block >= a.column_blocks) next.column_block = first;
     if (next.column_block == start) next.tile += kRowTiles;
-    stage += stage_bytes, barrier += kBarrierBytes;
-    if (stage == ring_end) stage = ring, barrier = barriers;
   }
 
-  // One column block of up to kRowTiles row tiles. Row blocks of a panel lie apart by all their column
-  // blocks, so tiles are contiguous up to the next row block.
-  __device__ __forceinline__ void weights() const {
-    const int tiles = min(end_tile - next.tile, kRowTiles);
-    const uint32_t in_row_block = static_cast<uint32_t>(next.tile) % kBlockTiles;
-    const int64_t row_block = static_cast<uint32_t>(next.tile) / kBlockTiles;
-    const uint8_t* source =
-        a.p.panels +
-        ((row_block * a.column_blocks + next.column_block) * kBlockTiles + in_row_block) * a.tile_bytes;
-    const int contiguous = min(tiles, kBlockTiles - static_cast<int>(in_row_block));
-    // The first tile of the next row block
-    const uint8_t* other =
-        source + (contiguous + (a.column_blocks - 1) * int64_t{kBlockTiles}) * a.tile_bytes;
+  // One column block of up to kRowTiles row tiles, to `stage`. Row blocks of a panel lie apart by all their
+  // column blocks, so tiles are contiguous up to the next row block.
+  __device__ __forceinline__ void weights(uint32_t stage, uint32_t barrier) const {
+    const int num_tiles = min(end_tile - next.tile, kRowTiles);
+    const uint32_t tile = next.tile, in_row_block = tile % kBlockTiles;
+    const int num_contiguous = min(num_tiles, kBlockTiles - static_cast<int>(in_row_block));
+    const int64_t block = int64_t{tile / kBlockTiles} * a.column_blocks + next.column_block;
+    const uint8_t* source = a.p.panels + block * a.block_bytes + in_row_block * a.tile_bytes;
+    const int64_t to_other = num_contiguous * a.tile_bytes + (a.column_blocks - 1) * int64_t{a.block_bytes};
     if constexpr (kEngine) {
       if (lane == 0) {
-        const int bytes = contiguous * a.tile_bytes, rest = (tiles - contiguous) * a.tile_bytes;
+        const int bytes = num_contiguous * a.tile_bytes, rest = num_tiles * a.tile_bytes - bytes;
         arrive_expecting(barrier, bytes + rest);
         copy_bulk_streamed(stage, source, bytes, barrier, policy);
-        if (rest > 0) copy_bulk_streamed(stage + bytes, other, rest, barrier, policy);
+        if (rest > 0) copy_bulk_streamed(stage + bytes, source + to_other, rest, barrier, policy);
       }
     } else {
-      static_assert(tile_bytes(kBits, kMaxGroups, true) - tile_code_bytes(kBits) <= kWarpLanes * kPieceBytes,
-                    "what follows the codes is at most a piece a lane");
+      static_assert(tile_bytes(kBits, kMaxGroups, true) - tile_piece_bytes(kBits) <= kWarpLanes * kPieceBytes,
+                    "what follows the pieces is at most a piece a lane");
       const uint32_t at = lane * kPieceBytes;
-      const bool has_rest = at < static_cast<uint32_t>(a.tile_bytes - tile_code_bytes(kBits));
+      const bool has_rest = at < static_cast<uint32_t>(a.tile_bytes - tile_piece_bytes(kBits));
+      const uint8_t* piece = source + at;
       uint32_t target = stage + at;
 #pragma unroll 1
-      for (int i = 0; i < tiles; ++i, source += a.tile_bytes, target += a.tile_bytes) {
-        if (i == contiguous) source = other;
+      for (int i = 0; i < num_tiles; ++i, piece += a.tile_bytes, target += a.tile_bytes) {
+        if (i == num_contiguous) piece = source + to_other + at;
 #pragma unroll
-        for (uint32_t j = 0; j < tile_code_bytes(kBits); j += kWarpLanes * kPieceBytes) {
-          copy_async_streamed(target + j, source + at + j, policy);
+        for (uint32_t j = 0; j < tile_piece_bytes(kBits); j += kWarpLanes * kPieceBytes) {
+          copy_async_streamed(target + j, piece + j, policy);
         }
-        if (has_rest)
-          copy_async_streamed(target + tile_code_bytes(kBits), source + at + tile_code_bytes(kBits), policy);
+        if (has_rest) {
+          copy_async_streamed(target + tile_piece_bytes(kBits), piece + tile_piece_bytes(kBits), policy);
+        }
       }
     }
   }
 
   // The rows of x for the same columns; zeros where x has no column.
-  __device__ __forceinline__ void activations() const {
+  __device__ __forceinline__ void activations(uint32_t stage, uint32_t barrier) const {
     const int k0 = next.column_block * kBlockColumns;
     const uint32_t rows = stage + a.weight_bytes;
-    const bool gathers = !a.wide_x || (kEngine && k0 + kBlockColumns > a.p.K);
-    if (gathers) {
+    if (kEngine ? next.column_block >= a.whole_blocks : !a.wide_x) {
       gather_x<T>(a, x, x_rows, k0, rows, lane);
       if constexpr (kEngine) {
         order_before_copies();  // the engine writes here again

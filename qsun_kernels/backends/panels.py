@@ -10,10 +10,10 @@ is four row tiles of 16 rows, each one piece of memory with all that is needed t
                 block_bytes                          tile_bytes
 
                                                      a tile (W4, groups of 128, symmetric: 1024 + 32 bytes)
-                                                    +---------+--------------+----------+---------+
-                                                    |  codes  |  third bits  |  scales  |  zeros  |
-                                                    +---------+--------------+----------+---------+
-                                                               of 3 bits only            if stored
+                                                    +---------+----------+---------+
+                                                    |  codes  |  scales  |  zeros  |
+                                                    +---------+----------+---------+
+                                                                          if stored
 
 A tile has eight steps `s` of 16 columns, the shape of the left operand of mma.m16n8k16 and of wgmma. Lane
 4 * g + t of a warp owns, of each step, four pairs of neighbouring columns (PTX ISA, "Matrix Fragments for
@@ -25,17 +25,21 @@ mma.m16n8k16"):
       2        g           8 + 2t, 9 + 2t       a column  8 * (r / 2) + 2t + (0: low, 1: high)
       3        g + 8       8 + 2t, 9 + 2t
 
-Where the codes of a pair lie in 32-bit words (low in the lower half, high in the upper), at byte of the tile
+Where the codes of a pair lie in 32-bit words (low in the lower half, high 16 bits further):
 
-    4 bits   (s / 4 * 32 + lane) * 16, word s % 4:                bit 4r, bit 16 + 4r
-    8 bits   (s / 2 * 32 + lane) * 16, word 2 * (s % 2) + r / 2:  byte 2 * (r % 2), and the next
-    2 bits   lane * 16, word s / 2:                               bit 8 * (s % 2) + 2r, 16 further
-    3 bits   the two lower bits as above, then the third at
-             512 + lane * 8, word s / 4:                          bit 4 * (s % 4) + r, 16 further
+             from byte of the tile       word                     bit
+    8 bits   (s / 2 * 32 + lane) * 16    2 * (s % 2) + r / 2      16 * (r % 2), high 8 bits further
+    4 bits   (s / 4 * 32 + lane) * 16    s % 4                    4r
+    2 bits   lane * 16                   s / 2                    8 * (s % 2) + 2r
+    3 bits   lane * 16                   2 * (s / 4) + s % 4      3r     for s % 4 = 0, 1
+             512 + lane * 8              s / 4                    3r     for s % 4 = 2
+             for s % 4 = 3, of whose twelve bits these three words have four each: bits 12 to 15
 
-so that one mask (0x000f000f for 4 bits) takes both codes of a pair out of a shifted word, each in the half of
-a register where the tensor core wants it. Scales are of the dtype of the activations, zero points whole
-bytes, both at index (g * groups_per_block + group) * 2 + (0: row g, 1: row g + 8) of those of the tile.
+each word of less than 8 bits then turned left by 2 (4 bits), 1 (3 bits) or 3 (2 bits). So one mask
+(0x003c003c for 4 bits) takes both codes of a pair out of a turned word, each in the half of a register where
+the tensor core wants it, and high in the mantissa of a 16-bit float (csrc/device/panel_codes.cuh says why).
+Scales are of the dtype of the activations, zero points whole bytes, both at index
+(g * groups_per_block + group) * 2 + (0: row g, 1: row g + 8) of those of the tile.
 
 A row of "channel" weights repeats its scale in every block, as if groups had 128 columns. What pads N to 64
 and K to 128 is zero: codes, scales and zero points.
@@ -273,9 +277,9 @@ def _take_columns(table: Tensor, columns: Tensor | None, count: int) -> Tensor:
 
 
 def _code_parts(codes: Tensor, bits: int) -> Iterator[Tensor]:
-    """uint8 (row blocks, column blocks, row tiles, ...): codes (rows, columns), then their third bits.
+    """The codes (rows, columns) as (row blocks, column blocks, row tiles, ...) in the order of their bytes.
 
-    Bytes of a word are little-endian: bit 16 + 4r of a word is bit 4 * (r % 2) of its byte 2 + r / 2.
+    uint8 for 8 bits, else words as int32.
     """
     if bits == 8:
         split = codes.view(-1, 4, 2, 8, codes.shape[1] // BLOCK_COLUMNS, 4, 2, 2, 4, 2)
@@ -284,28 +288,38 @@ def _code_parts(codes: Tensor, bits: int) -> Iterator[Tensor]:
         return
     split = codes.view(-1, 4, 2, 8, codes.shape[1] // BLOCK_COLUMNS, 8, 2, 4, 2)
     #           block, rt, r % 2, g, column block, s, r / 2, t, high
+    steps = _four_pairs(split, bits)  # block, rt, g, column block, s, t, high
     if bits == 4:
-        pairs = split[:, :, 0] | split[:, :, 1] << 4  # block, rt, g, column block, s, r / 2, t, high
-        yield pairs.unflatten(4, (2, 4)).permute(0, 3, 1, 4, 2, 7, 5, 8, 6)
-        return
-    low = split & 3 if bits == 3 else split
-    fours = _four_pairs(low, 2)  # block, rt, g, column block, s, t, high
-    yield fours.unflatten(4, (4, 2)).permute(0, 3, 1, 2, 6, 4, 7, 5)
-    if bits == 3:
-        fours = _four_pairs(split >> 2, 1).unflatten(4, (2, 2, 2))
-        #           block, rt, g, column block, s / 4, s % 4 / 2, s % 2, t, high
-        eights = fours[:, :, :, :, :, :, 0] | fours[:, :, :, :, :, :, 1] << 4
-        yield eights.permute(0, 3, 1, 2, 6, 4, 7, 5)
+        words = _words(steps, turn=2).unflatten(4, (2, 4))  # block, rt, g, column block, s / 4, s % 4, t
+        yield words.permute(0, 3, 1, 4, 2, 6, 5)
+    elif bits == 2:
+        pairs = steps.unflatten(4, (4, 2))
+        words = _words(pairs[:, :, :, :, :, 0] | pairs[:, :, :, :, :, 1] << 8, turn=3)
+        yield words.permute(0, 3, 1, 2, 5, 4)
+    else:
+        halves = steps.unflatten(4, (2, 4))  # block, rt, g, column block, s / 4, s % 4, t, high
+        fourth = halves[:, :, :, :, :, 3]
+        first, second, third = (
+            _words(halves[:, :, :, :, :, i] | (fourth >> 4 * i & 15) << 12, turn=1) for i in range(3)
+        )  # block, rt, g, column block, s / 4, t
+        yield torch.stack((first, second), dim=-1).permute(0, 3, 1, 2, 5, 4, 6)
+        yield third.permute(0, 3, 1, 2, 5, 4)
 
 
 def _four_pairs(split: Tensor, bits: int) -> Tensor:
-    """The codes of the four pairs of a lane side by side, pair r at bit r * bits."""
+    """int32: the codes of the four pairs of a lane side by side, pair r at bit r * bits."""
     return (
-        split[:, :, 0, :, :, :, 0]
-        | split[:, :, 1, :, :, :, 0] << bits
-        | split[:, :, 0, :, :, :, 1] << 2 * bits
-        | split[:, :, 1, :, :, :, 1] << 3 * bits
+        split[:, :, 0, :, :, :, 0].int()
+        | split[:, :, 1, :, :, :, 0].int() << bits
+        | split[:, :, 0, :, :, :, 1].int() << 2 * bits
+        | split[:, :, 1, :, :, :, 1].int() << 3 * bits
     )
+
+
+def _words(halves: Tensor, *, turn: int) -> Tensor:
+    """int32 words of their 16-bit halves (..., 2), turned left by `turn` bits."""
+    words = halves[..., 0] | halves[..., 1] << 16
+    return words << turn | words >> (32 - turn) & (1 << turn) - 1
 
 
 def _group_part(table: Tensor, groups_per_block: int) -> Tensor:

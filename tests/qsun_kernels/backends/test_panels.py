@@ -38,18 +38,25 @@ def places_of(bits: int, row: int, column: int) -> list[int]:
     r = r_odd + (2 if column_of_step >= 8 else 0)
     lane = 4 * g + t
 
-    def places(byte: int, word: int, bit: int, count: int) -> list[int]:
-        return [8 * byte + 32 * word + bit + i for i in range(count)]
+    def places(byte: int, word: int, bits_of_half: list[int], turn: int) -> list[int]:
+        """Of bits of a half word, in a word that is turned left."""
+        return [8 * byte + 32 * word + (16 * high + bit + turn) % 32 for bit in bits_of_half]
 
     if bits == 4:
-        return places((s // 4 * 32 + lane) * 16, s % 4, 16 * high + 4 * r, 4)
+        return places((s // 4 * 32 + lane) * 16, s % 4, [4 * r + i for i in range(4)], 2)
     if bits == 8:
         byte_of_word = {(0, 0): 0, (0, 1): 1, (1, 0): 2, (1, 1): 3}[(r % 2, high)]
-        return places((s // 2 * 32 + lane) * 16, 2 * (s % 2) + r // 2, 8 * byte_of_word, 8)
-    low = places(lane * 16, s // 2, 16 * high + 8 * (s % 2) + 2 * r, 2)
+        first = 8 * ((s // 2 * 32 + lane) * 16 + 4 * (2 * (s % 2) + r // 2) + byte_of_word)
+        return list(range(first, first + 8))
     if bits == 2:
-        return low
-    return low + places(512 + lane * 8, s // 4, 16 * high + 4 * (s % 4) + r, 1)
+        return places(lane * 16, s // 2, [8 * (s % 2) + 2 * r + i for i in range(2)], 3)
+    half, step = divmod(s, 4)
+    found = []
+    for i in range(3):
+        word, bit = (step, 3 * r + i) if step < 3 else ((3 * r + i) // 4, 12 + (3 * r + i) % 4)
+        begin = (lane * 16, 2 * half + word) if word < 2 else (512 + lane * 8, half)
+        found += places(*begin, [bit], 1)
+    return found
 
 
 def index_of_group(row: int, column: int, groups_per_block: int) -> int:
@@ -140,17 +147,17 @@ def test_the_places_of_a_tile_are_all_different(bits: int) -> None:
 # By hand from the layout, 4 bits in groups of 128, symmetric, so tiles of 1024 + 32 bytes: (row, column) of a
 # block -> (byte, shift in it).
 BY_HAND = [
-    ((0, 0), (0, 0)),
-    ((0, 1), (2, 0)),  # the odd column: 16 bits further
-    ((8, 0), (0, 4)),  # r = 1
-    ((0, 8), (1, 0)),  # r = 2
-    ((8, 9), (3, 4)),  # r = 3, high
-    ((1, 0), (64, 0)),  # g = 1: lane 4
-    ((0, 2), (16, 0)),  # t = 1
-    ((0, 16), (4, 0)),  # s = 1: the next word
-    ((0, 64), (512, 0)),  # s = 4: h = 1
-    ((16, 0), (1056, 0)),  # rt = 1
-    ((63, 127), (4191, 4)),  # the last of rt = 3, 32 bytes before the end of 4224
+    ((0, 0), (0, 2)),
+    ((0, 1), (2, 2)),  # the odd column: 16 bits further
+    ((8, 0), (0, 6)),  # r = 1
+    ((0, 8), (1, 2)),  # r = 2
+    ((8, 9), (3, 6)),  # r = 3, high: its upper two bits are the word's lowest
+    ((1, 0), (64, 2)),  # g = 1: lane 4
+    ((0, 2), (16, 2)),  # t = 1
+    ((0, 16), (4, 2)),  # s = 1: the next word
+    ((0, 64), (512, 2)),  # s = 4: h = 1
+    ((16, 0), (1056, 2)),  # rt = 1
+    ((63, 127), (4191, 6)),  # the last of rt = 3, 32 bytes before the end of 4224
 ]
 
 
@@ -162,22 +169,37 @@ def test_a_single_code_of_four_bits_by_hand(where: tuple[int, int], expected: tu
     block = pack_panels(packed, torch.bfloat16).panels[0, 0]
     byte, shift = expected
     assert block.shape == (4224,)
-    assert block.nonzero().flatten().tolist() == [byte]
-    assert int(block[byte]) == 15 << shift
+    word = block.view(torch.int32)[byte // 4]
+    assert block.view(torch.int32).nonzero().flatten().tolist() == [byte // 4]
+    at = byte % 4 * 8 + shift
+    assert int(word) % 2**32 == (15 << at | 15 >> (32 - at)) % 2**32
 
 
-# 3 bits in groups of 32 with zero points, so tiles of 512 + 256 + 128 + 64 = 960 bytes: what lies where.
+# 3 bits in groups of 32 with zero points, so tiles of 768 + 128 + 64 = 960 bytes: what lies where.
 BY_HAND_OF_3_BITS = [
-    ("low bits", (0, 0), 0),
-    ("third bit", (0, 0), 512),
+    ("code", (0, 0), 0),
+    ("code", (0, 16), 4),  # s = 1: the next word
+    ("code", (0, 32), 512),  # s = 2: the word of the half piece
+    ("code", (0, 64), 8),  # s = 4: the second half
+    ("code", (0, 96), 516),
+    ("code", (16, 0), 960),  # rt = 1
+    ("code", (17, 32), 960 + 512 + 4 * 8),  # lane 4
     ("scale", (0, 0), 768),
     ("zero", (0, 0), 896),
-    ("low bits", (16, 0), 960),  # rt = 1
-    ("third bit", (17, 0), 960 + 512 + 4 * 8),  # lane 4
     ("scale", (18, 32), 960 + 768 + (2 * 4 + 1) * 2 * 2),  # g = 2, the second group
     ("scale", (26, 32), 960 + 768 + (2 * 4 + 1) * 2 * 2 + 2),  # the row 8 further: beside it
     ("zero", (63, 127), 3839),  # the last byte of a block
 ]
+
+
+def test_the_fourth_step_of_3_bits_by_hand() -> None:
+    """Its codes r = 0 to 3 are bits 0-2, 3-5, 6-8, 9-11; of 4 bits a word, which end up as bits 13 to 16."""
+    codes = torch.zeros(64, 128, dtype=torch.uint8)
+    codes[0, 48], codes[8, 48], codes[0, 56], codes[8, 56] = 1, 3, 5, 7  # 0b111_101_011_001
+    packed = PackedWeight.from_codes(codes, torch.zeros(64, 1), QuantSpec(3, 128, True))
+    words = pack_panels(packed, torch.bfloat16).panels[0, 0].view(torch.int32)
+    assert words.nonzero().flatten().tolist() == [0, 1, 128]
+    assert [int(words[i]) for i in (0, 1, 128)] == [0b1001 << 13, 0b0101 << 13, 0b1111 << 13]
 
 
 @pytest.mark.parametrize(("part", "where", "byte"), BY_HAND_OF_3_BITS)
@@ -192,7 +214,7 @@ def test_the_parts_of_a_tile_by_hand(part: str, where: tuple[int, int], byte: in
     elif part == "zero":
         zeros[row, column // 32] = 1
     else:
-        codes[row, column] = {"low bits": 3, "third bit": 4}[part]
+        codes[row, column] = 1
     packed = PackedWeight.from_codes(codes, scales, QuantSpec(3, 32, False), zeros)
     block = pack_panels(packed, torch.bfloat16).panels[0, 0]
     assert block.shape == (3840,)
@@ -366,7 +388,7 @@ def test_padding_is_zero(N: int, gate_up: bool) -> None:
         panels = pack_panels(packed, torch.float16, gate_up=gate_up).panels
     ones = torch.tensor([1.0], dtype=torch.float16).view(torch.uint8).count_nonzero()
     stored_codes, stored_scales, stored_zeros = panels.unflatten(2, (4, -1)).split([1024, 128, 64], dim=-1)
-    assert (stored_codes >> 4).count_nonzero() + (stored_codes & 15).count_nonzero() == N * 130
+    assert sum(int((stored_codes >> i & 1).sum()) for i in range(8)) == 4 * N * 130
     assert stored_scales.count_nonzero() == ones * N * 5
     assert stored_zeros.count_nonzero() == N * 5
 

@@ -70,6 +70,30 @@ def test_every_instance_of_the_streaming_kernel(
             judge_wna16_linear(got, x, packed, residual=residual).require()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("group_size", "symmetric"), ((128, True), (128, False), (32, True), (32, False)))
+def test_x_far_from_zero(kernels, bits, dtype, group_size, symmetric) -> None:
+    """Codes may enter the product with a base, which is taken off sums of x: they cancel, and are large here.
+
+    One column dominates in the second row, as a massive activation does.
+    """
+    K, N = 2048, 40
+    source = inputs.generator(bits)
+    spec = QuantSpec(bits, group_size, symmetric)
+    packed = inputs.packed_weight(source, N, K, spec, scale_dtype=dtype, device=kernels.device)
+    weight = prepared(kernels, packed, dtype)
+    x = inputs.normal(source, (3, K), dtype, kernels.device)
+    x[0] += 30
+    x[1, 77] = 2000
+    x[2] = 1 / 3
+    for token_tiles, row_tiles in INSTANCES[:4]:
+        got = stream(kernels, x, weight, token_tiles=token_tiles, row_tiles=row_tiles, row_blocks=1)
+        judge_wna16_linear(got, x, packed).require()
+        if not kernels.is_gpu:
+            break
+
+
 @pytest.mark.parametrize("warps", (1, 3, 8))
 @pytest.mark.parametrize("stages", (2, 3, 4))
 @pytest.mark.parametrize("copy_engine", (False, True), ids=("lanes", "engine"))

@@ -665,34 +665,48 @@ def test_byte_permutation(call) -> None:
 # ---- codes of a panel block
 
 
-def word_and_bit(bits: int, step: int, r: int, high: int) -> list[tuple[int, int, int]]:
-    """Where the code of an element is: (word of the lane, first bit, number of bits), low bits first."""
-    if bits == 4:
-        return [(step, 16 * high + 4 * r, 4)]
+def word_and_bits(bits: int, step: int, r: int, high: int) -> list[tuple[int, int]]:
+    """Where the bits of an element's code are in half a block: (word of the lane, bit), the lowest first."""
+    turn = {2: 3, 3: 1, 4: 2, 8: 0}[bits]
     if bits == 8:
-        return [(2 * step + r // 2, 8 * (r % 2 * 2 + high), 8)]
-    low = (step // 2, 16 * high + 8 * (step % 2) + 2 * r, 2)
-    return [low] if bits == 2 else [low, (4 + step // 4, 16 * high + 4 * (step % 4) + r, 1)]
+        return [(2 * step + r // 2, 8 * (r % 2 * 2 + high) + i) for i in range(8)]
+    if bits == 3:
+        of_step = [(3 * r + i) for i in range(3)]
+        places = [(step, bit) if step < 3 else (bit // 4, 12 + bit % 4) for bit in of_step]
+    elif bits == 4:
+        places = [(step, 4 * r + i) for i in range(4)]
+    else:
+        places = [(step // 2, 8 * (step % 2) + 2 * r + i) for i in range(2)]
+    return [(word, (16 * high + bit + turn) % 32) for word, bit in places]
 
 
 @pytest.mark.parametrize("bits", (2, 3, 4, 8))
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_codes_of_a_panel(call, dtype, bits) -> None:
-    """(code - zero), exact, and (code - zero) * scale, rounded once."""
+    """(code - zero), exact; (code - zero) * scale, rounded once; base + code, and what takes its base off."""
     generator = np.random.default_rng(bits)
-    shift = 0 if dtype == torch.float16 else bits + 7
+    is_half = dtype == torch.float16
+    shift = 0 if is_half or bits < 8 else 15
     for zero in {0, 1, 2 ** (bits - 1), 2**bits - 1}:
-        words = generator.integers(0, 2**32, {2: 4, 3: 6, 4: 8, 8: 16}[bits], dtype=np.uint32)
+        words = generator.integers(0, 2**32, 2 * bits, dtype=np.uint32)
         codes = torch.zeros(8, 4, 2, dtype=torch.float64)
         for step, r, high in np.ndindex(8, 4, 2):
-            taken = 0
-            for word, first, count in word_and_bit(bits, step, r, high):
-                codes[step, r, high] += (int(words[word]) >> first) % 2**count << taken
-                taken += count
+            for i, (word, bit) in enumerate(word_and_bits(bits, step % 4, r, high)):
+                codes[step, r, high] += (int(words[step // 4 * bits + word]) >> bit) % 2 << i
         scale = torch.randn(1).to(dtype)
-        exact, scaled = (torch.zeros(8, 4, 2, dtype=dtype) for _ in range(2))
+        exact, scaled, bare = (torch.zeros(8, 4, 2, dtype=dtype) for _ in range(3))
+        factors = torch.zeros(2, 2, dtype=torch.float32)  # of rows g, g + 8: base, what stands for one
+        ones = torch.zeros(2, 2, 2, dtype=dtype)  # of the same: -1 and -(base + 2^(bits - 1)), as bare floats
         lane_words = torch.from_numpy(words.view(np.int32))
         scale_bits = int(scale.view(torch.uint16))
-        assert call("codes", CODES[dtype], bits, lane_words, zero, scale_bits, exact, scaled) == ""
+        outputs = (exact, scaled, bare, factors, ones)
+        assert call("codes", CODES[dtype], bits, lane_words, zero, scale_bits, *outputs) == ""
         assert torch.equal(exact.double() * 2.0**shift, codes - zero)
         assert torch.equal(scaled, ((codes - zero) * scale.double()).to(dtype))
+        if bits == 8:
+            continue
+        base, one = factors.double().unbind(1)
+        assert torch.equal(bare.double() / one[[0, 1, 0, 1], None] - base[[0, 1, 0, 1], None], codes)
+        assert torch.equal(base, base * 0) if is_half else bool((base >= 2**bits).all())
+        minus = torch.stack((-one, -(base + 2 ** (bits - 1)) * one), dim=1)
+        assert torch.equal(ones.double(), minus[..., None].expand(2, 2, 2))

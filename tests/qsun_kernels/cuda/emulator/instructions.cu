@@ -302,18 +302,31 @@ __global__ void pairs_kernel(const uint32_t* a, const uint32_t* b, const uint32_
 }
 
 // exact, scaled: (8 steps, 4 registers) of a lane with these words.
+// words: of both halves of a block. factors: (rows g, g + 8) x (base, what stands for one).
 template <typename T, int kBits>
 __global__ void codes_kernel(const uint32_t* words, uint32_t zero, uint32_t scale, uint32_t* exact,
-                             uint32_t* scaled) {
-  uint32_t mine[kLaneWords<kBits>];
-  for (int i = 0; i < kLaneWords<kBits>; ++i) mine[i] = words[i];
-  constexpr int kShift = kExactShift<T, kBits>;
-  for (int step = 0; step < kBlockSteps; ++step) {
-    for (int r = 0; r < 4; ++r) {
-      exact[step * 4 + r] = exact_pair<T, kBits, kShift>(mine, step, r, ZeroOffset<T, kBits, kShift>(zero));
-      scaled[step * 4 + r] =
-          scaled_pair<T, kBits>(mine, step, r, ZeroOffset<T, kBits, 0>(zero), scale * 0x00010001u);
+                             uint32_t* scaled, uint32_t* bare, float* factors, uint32_t* ones) {
+  constexpr int kShift = kBits == 8 ? kExactShift<T> : 0;
+  for (int half = 0; half < 2; ++half) {
+    uint32_t mine[kHalfWords<kBits>];
+    for (int i = 0; i < kHalfWords<kBits>; ++i) mine[i] = words[half * kHalfWords<kBits> + i];
+    for (int step = 0; step < kHalfSteps; ++step) {
+      for (int r = 0; r < 4; ++r) {
+        const int at = (half * kHalfSteps + step) * 4 + r;
+        exact[at] = exact_pair<T, kBits, kShift>(mine, step, r, ZeroOffset<T, kBits, kShift>(zero, r % 2));
+        scaled[at] =
+            scaled_pair<T, kBits>(mine, step, r, ZeroOffset<T, kBits, 0>(zero, r % 2), scale * 0x00010001u);
+        if constexpr (kHasBareCodes<T, kBits>) bare[at] = bare_pair<T, kBits>(mine, step, r);
+      }
     }
+  }
+  if constexpr (kHasBareCodes<T, kBits>) {
+    constexpr uint32_t kMiddle = 1u << (kBits - 1);
+    constexpr int kBase0 = kBareBase<T, kBits, 0>, kBase1 = kBareBase<T, kBits, 1>;
+    factors[0] = kBase0, factors[1] = 1.0f / (1u << kBareShift<T, kBits, 0>);
+    factors[2] = kBase1, factors[3] = 1.0f / (1u << kBareShift<T, kBits, 1>);
+    ones[0] = minus_bare<T, kBits, 0>(1), ones[1] = minus_bare<T, kBits, 0>(kBase0 + kMiddle);
+    ones[2] = minus_bare<T, kBits, 1>(1), ones[3] = minus_bare<T, kBits, 1>(kBase1 + kMiddle);
   }
 }
 
@@ -417,14 +430,15 @@ ENTRY pairs(int dtype, const uint32_t* a, const uint32_t* b, const uint32_t* c, 
 }
 
 ENTRY codes(int dtype, int bits, const uint32_t* words, uint32_t zero, uint32_t scale, uint32_t* exact,
-            uint32_t* scaled) {
+            uint32_t* scaled, uint32_t* bare, float* factors, uint32_t* ones) {
   return text(with_half(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     auto* kernel = bits == 2   ? codes_kernel<T, 2>
                    : bits == 3 ? codes_kernel<T, 3>
                    : bits == 4 ? codes_kernel<T, 4>
                                : codes_kernel<T, 8>;
-    return launch_with({}, kernel, dim3(1), dim3(1), 0, nullptr, words, zero, scale, exact, scaled);
+    return launch_with({}, kernel, dim3(1), dim3(1), 0, nullptr, words, zero, scale, exact, scaled, bare,
+                       factors, ones);
   }));
 }
 
