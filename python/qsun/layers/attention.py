@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qsun.core import DecodeAttention, ForwardContext, PrefillChunk
 from qsun.kv_cache.tensors import LayerKV
@@ -12,6 +13,10 @@ from qsun.layers.linear import Linear
 from qsun.layers.norm import RMSNorm
 from qsun_kernels import paged_attention_decode, write_kv_cache
 from qsun_kernels.backends.reference.kv_codes import dequantize_kv
+
+# Without cuDNN's, which torch prefers on some GPUs: it compiles a plan for every pair of lengths that it has
+# not seen, and prompts have any length.
+_PREFILL_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Attention:
@@ -131,13 +136,14 @@ class Attention:
         # The query heads of a group share keys and values: as further query rows they need no copy of them.
         group = self.num_q_heads // self.num_kv_heads
         grouped = q.view(length, self.num_kv_heads, group, self.head_dim).permute(1, 2, 0, 3)
-        out = functional.scaled_dot_product_attention(
-            grouped.reshape(1, self.num_kv_heads, group * length, self.head_dim),
-            k,
-            v,
-            attn_mask=self._mask(chunk, first, q.device).repeat(group, 1),
-            scale=self.softmax_scale,
-        )
+        with sdpa_kernel(_PREFILL_BACKENDS):
+            out = functional.scaled_dot_product_attention(
+                grouped.reshape(1, self.num_kv_heads, group * length, self.head_dim),
+                k,
+                v,
+                attn_mask=self._mask(chunk, first, q.device).repeat(group, 1),
+                scale=self.softmax_scale,
+            )
         out = out.view(self.num_kv_heads, group, length, self.head_dim).permute(2, 0, 1, 3)
         return out.reshape(length, self.num_q_heads, self.head_dim)
 

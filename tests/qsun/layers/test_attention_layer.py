@@ -152,3 +152,28 @@ def test_nothing_is_launched_between_the_write_and_the_attention_that_follows_it
         )
     assert log.index("attending") == log.index("written") + 1
     assert "aten.mm.default" in log  # the recorder sees what is launched
+
+
+def test_no_plan_is_compiled_for_a_prompts_length(monkeypatch) -> None:
+    """cuDNN's attention compiles for every new length: it is not asked, and stays as it was for others."""
+    asked = []
+    attend = attention_layer.functional.scaled_dot_product_attention
+
+    def spy(*arguments, **options):
+        asked.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*arguments, **options)
+
+    monkeypatch.setattr(attention_layer.functional, "scaled_dot_product_attention", spy)
+    layer = make((4, 2), None, norms=False)
+    kv = LayerKV(*(torch.zeros(3, 2, 4, D) for _ in range(2)))
+    chunk = PrefillChunk(0, 5, 0, torch.tensor([2, 0]))
+    positions = torch.arange(5)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    layer(
+        random(5, HIDDEN, seed=3),
+        ForwardContext(positions, torch.tensor([8, 9, 10, 11, 0]), PrefillAttention((chunk,))),
+        kv,
+        COS_SIN,
+    )
+    assert asked == [False]
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
