@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 # Pinned: an open range makes pip take the newest CUDA build wherever this one is already there.
 TORCH  ?= torch==2.13.0
 # Two workers of one thread each: small CPU problems lose time to more.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations=15
 
 .DEFAULT_GOAL := help
 .PHONY: help required demo test test-slow test-exhaustive test-real ext lint fmt bench soak gpu-check clean
