@@ -98,7 +98,11 @@ def test_every_tuned_kernel_for_hopper(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("which", "arch"),
-    [("quick", 80), ("more", 90), pytest.param("more", 80, marks=pytest.mark.exhaustive)],
+    [
+        ("quick", 80),
+        ("quick", 90),
+        *(pytest.param("more", arch, marks=pytest.mark.exhaustive) for arch in (80, 90)),
+    ],
 )
 def test_what_launchers_pick_compiles_for_ampere_and_hopper(which: str, arch: int, tmp_path: Path) -> None:
     reports = compile_cases(which, [str(arch)], tmp_path)
