@@ -36,7 +36,8 @@ def wna16_linear_rms_norm(
     r through memory, where a kernel can end the product with the norm.
 
     x (..., K), weight from `prepare_weight`, bias (N,), batch_invariant and backend as for `wna16_linear`;
-    residual (..., N) and norm_weight (N,) of the dtype of x.
+    residual (..., N) and norm_weight (N,) of the dtype of x. norm_weight may be read as early as the weight,
+    while launches in front still run: where one of them writes it, use `PreparedWeight.in_stream_order()`.
 
     Raises TypeError or ValueError naming the argument, RuntimeError if a gradient is wanted.
     """
