@@ -1,9 +1,9 @@
-"""`qsun-bench tune wna16 --backend cuda --chain`: the best ways of a layer's products one after another.
+"""`qsun-bench tune wna16 --backend cuda --chain`: the best ways of a layer's products in the decode step.
 
 What runs before a launch decides how much of its weight can be read early: a ring of stages in shared memory
 fits beside the running kernel only where that one leaves room. So the products of a decoder layer are timed
-in their order. One product at a time takes each of its candidates while the others stay; the fastest stays,
-until a round changes nothing.
+where they run, in layers with attention, the write to the cache and the norms. One product at a time takes
+each of its candidates while the others stay; the fastest stays, until a round changes nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ MODEL = "llama-3.1-8b"
 PRODUCTS = ("qkv", "o", "gate_up", "down")
 """Of a layer, in the order in which they run."""
 
-TOKENS = (1, 2, 4, 8, 16)
+TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+
+CONTEXT = 1024
+"""Tokens that each row of the step attends to."""
 
 _ROUNDS = 3
 _GAIN = 0.003
@@ -41,7 +44,7 @@ class ChainTrials(Protocol):
     """The products of several layers, whose weights overflow the cache, on a device."""
 
     def time(self, M: int, chain: Chain) -> float:
-        """Microseconds a layer, of the products in `chain`, in their order."""
+        """Microseconds a layer in which of the products those in `chain` run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +71,23 @@ def cell(product: str, M: int) -> Cell:
 
 
 def candidates(M: int, lines: Mapping[tuple[Kernel, Cell], Sequence[Way]]) -> Mapping[str, Sequence[Launch]]:
-    """Of each product the launches worth trying: those that its kernels' sweeps kept."""
-    return {
-        product: [(kernel, way) for kernel in KERNELS for way in lines.get((kernel, cell(product, M)), ())]
-        for product in PRODUCTS
-    }
+    """Of each product the launches worth trying: those that its kernels' sweeps kept for M tokens, and of the
+    kernels that they were kept for, those for the next fewer and the next more tokens.
+    """
+    found: dict[str, Sequence[Launch]] = {}
+    for product in PRODUCTS:
+        launches: dict[Launch, None] = {}
+        for kernel in KERNELS:
+            measured = sorted(
+                one.M for by, one in lines if by == kernel and one.matrix == cell(product, M).matrix
+            )
+            if M not in measured:
+                continue
+            at = measured.index(M)
+            for near in (M, *measured[max(at - 1, 0) : at], *measured[at + 1 : at + 2]):
+                launches |= dict.fromkeys((kernel, way) for way in lines[kernel, cell(product, near)])
+        found[product] = list(launches)
+    return found
 
 
 def start(M: int, folder: Path) -> Chain:
@@ -158,10 +173,11 @@ def text(found: Sequence[ChainFound], where: str, old: str = "") -> str:
     other numbers of tokens stay.
     """
     about = (
-        f"The products of a {MODEL} layer ({', '.join(PRODUCTS)}) timed one after another: kernel K N M "
-        "way us. us: what the product adds to the chain. Of each kernel the way that was best while the "
-        "other products had theirs. W4, bfloat16, groups of 128, symmetric; CUDA-graph replays with "
-        "programmatic dependent launch over copies that overflow the L2 three times, random data."
+        f"The products of a {MODEL} layer ({', '.join(PRODUCTS)}) timed in the decode step: kernel K N M way "
+        f"us. us: what the product adds to a layer, with attention to {CONTEXT} tokens a row. Of each kernel "
+        "the way that was best while the other products had theirs. W4, bfloat16, groups of 128, symmetric; "
+        "CUDA-graph replays with programmatic dependent launch over layers that overflow the L2 three times, "
+        "random data."
     )
     lines = textwrap.wrap(about, 110, initial_indent="# ", subsequent_indent="# ")
     measured = {one.M for one in found}
@@ -195,4 +211,4 @@ def show(found: Sequence[ChainFound]) -> None:
             adds = one.best[product, kernel][1]
             rows.append((*first, product, f"{adds:.2f}", panel_ways.in_words(kernel, way)))
     columns = ("M", "us before", "us now", "product", "adds", "launch")
-    tables.show(f"a {MODEL} layer, products one after another", columns, rows, text_columns=0)
+    tables.show(f"a {MODEL} layer in the decode step", columns, rows, text_columns=0)

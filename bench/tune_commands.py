@@ -67,7 +67,7 @@ def add_tune(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     cuda.add_argument(
         "--chain",
         action="store_true",
-        help="instead: the products of a decoder layer one after another, from what the sweeps hold",
+        help="instead: the products of a decoder layer in the decode step, from what the sweeps hold",
     )
     where = matmul.add_mutually_exclusive_group()
     where.add_argument(
@@ -176,7 +176,7 @@ def _say(refusals: Sequence[_Refusal]) -> None:
 
 
 def _tune_chain(arguments: argparse.Namespace) -> int:
-    from qsun_bench import panel_ways, tune_chain, tune_panels, tune_panels_device
+    from qsun_bench import panel_ways, tune_chain, tune_layer_device, tune_panels, tune_panels_device
 
     for option in ("kernel", "shape"):
         if getattr(arguments, option):
@@ -190,7 +190,7 @@ def _tune_chain(arguments: argparse.Namespace) -> int:
     texts = {kernel: (source / f"{kernel}_sweep.txt").read_text() for kernel in panel_ways.KERNELS}
     lines = tune_chain.sweep_lines(texts)
     end = time.monotonic() + arguments.budget
-    trials = tune_panels_device.LayerTrials(device)
+    trials = tune_layer_device.LayerTrials(device)
     found = []
     for M in tokens:
         if time.monotonic() > end:

@@ -11,11 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qsun_bench import panel_ways, tune_chain
+from qsun_bench import panel_ways
 from qsun_bench.cases import generator
 from qsun_bench.panel_ways import Cell, Kernel, Machine, Way
 from qsun_bench.random_weights import random_packed_weight
-from qsun_bench.tune_chain import PRODUCTS, Chain
 from qsun_bench.tune_panels import LOAD_MS
 from qsun_bench.tune_reference import error_of, float32_product
 from qsun_kernels.backends.cuda import library, linear
@@ -24,7 +23,7 @@ from qsun_kernels.quant import QuantSpec
 from qsun_kernels.testing.timing import copies_to_overflow
 
 _SPEC = QuantSpec(4, 128, True)
-_DTYPE = torch.bfloat16
+DTYPE = torch.bfloat16
 
 _GLANCE_US, _REFINE_US = 1500.0, 2000.0  # about how long a row of launches is
 _GLANCE_MS = 4.0
@@ -38,7 +37,7 @@ def why_not() -> str | None:
     if (reason := library.unavailable()) is not None:
         return reason
     device = torch.device("cuda", torch.cuda.current_device())
-    if (reason := library.refuse(device, dtype=_DTYPE)) is not None:
+    if (reason := library.refuse(device, dtype=DTYPE)) is not None:
         return reason
     if torch.cuda.get_device_capability(device) != (9, 0) or "90a" not in str(library.build_info()["archs"]):
         return "the table of choices is for sm_90a, expected such a GPU and a library built for it"
@@ -78,13 +77,13 @@ def where(device: torch.device) -> str:
     return f"{torch.cuda.get_device_name(device)}, {datetime.date.today().isoformat()}"
 
 
-def _copies(
+def weight_copies(
     N: int, K: int, operator: LinearOperator, count: int | None, device: torch.device
 ) -> Sequence[PreparedWeight]:
     """A random weight in so many copies, or as many as overflow the cache."""
-    packed = random_packed_weight(N, K, _SPEC, _DTYPE, generator(device, "tune", 4, N, K))
+    packed = random_packed_weight(N, K, _SPEC, DTYPE, generator(device, "tune", 4, N, K))
     prepare = linear.prepare_gate_up if operator == "wna16_gate_up_silu" else linear.prepare
-    first = prepare(packed, _DTYPE)
+    first = prepare(packed, DTYPE)
     more = (copies_to_overflow(first.nbytes, device) if count is None else count) - 1
     return [first, *(replace(first, tensors=tuple(t.clone() for t in first.tensors)) for _ in range(more))]
 
@@ -94,11 +93,11 @@ class RowTrials:
 
     def __init__(self, cell: Cell, most_tokens: int, device: torch.device) -> None:
         source = generator(device, "tune", 4, cell.N, cell.K)
-        packed = random_packed_weight(cell.N, cell.K, _SPEC, _DTYPE, source)
-        self._x = torch.randn(most_tokens, cell.K, device=device, generator=source).to(_DTYPE)
+        packed = random_packed_weight(cell.N, cell.K, _SPEC, DTYPE, source)
+        self._x = torch.randn(most_tokens, cell.K, device=device, generator=source).to(DTYPE)
         self._reference = float32_product(self._x, packed)
         del packed
-        self._weights = _copies(cell.N, cell.K, "wna16_linear", None, device)
+        self._weights = weight_copies(cell.N, cell.K, "wna16_linear", None, device)
         self._sm_count = library.device_props(device.index or 0).sm_count
         # `clone` returns before it has written, and the kernels read a weight early.
         torch.cuda.synchronize(device)
@@ -115,11 +114,11 @@ class RowTrials:
         )
 
     def glance(self, kernel: Kernel, cell: Cell, way: Way) -> float:
-        row = _Row(self._calls(kernel, cell, way)[1], _GLANCE_US)
+        row = Row(self._calls(kernel, cell, way)[1], _GLANCE_US)
         return row.run(_GLANCE_MS)
 
     def refine(self, kernel: Kernel, cell: Cell, ways: Sequence[Way]) -> Sequence[float]:
-        rows = [_Row(self._calls(kernel, cell, way)[1], _REFINE_US) for way in ways]
+        rows = [Row(self._calls(kernel, cell, way)[1], _REFINE_US) for way in ways]
         return _in_turn(rows)
 
     def _calls(self, kernel: Kernel, cell: Cell, way: Way) -> tuple[Tensor, Sequence[Callable[[], object]]]:
@@ -133,48 +132,11 @@ class RowTrials:
         return out, [call_with(weight) for weight in self._weights]
 
 
-class LayerTrials:
-    """The products of as many layers as overflow the cache."""
+class Row:
+    """A graph of the calls, again and again until it takes about `us`.
 
-    def __init__(self, device: torch.device) -> None:
-        cells = {product: tune_chain.cell(product, 1) for product in PRODUCTS}
-        layer_bytes = sum(cell.K * cell.N // 2 for cell in cells.values())
-        layers = copies_to_overflow(layer_bytes, device)
-        self._sm_count = library.device_props(device.index or 0).sm_count
-        self._weights, self._x = {}, {}
-        for product, cell in cells.items():
-            operator: LinearOperator = "wna16_gate_up_silu" if product == "gate_up" else "wna16_linear"
-            self._weights[product] = _copies(cell.N, cell.K, operator, layers, device)
-            source = generator(device, "chain", product)
-            most = max(tune_chain.TOKENS)
-            self._x[product] = torch.randn(most, cell.K, device=device, generator=source).to(_DTYPE)
-        self._is_loaded = False
-        torch.cuda.synchronize(device)
-
-    def time(self, M: int, chain: Chain) -> float:
-        calls = []
-        for layer in range(len(self._weights[PRODUCTS[0]])):
-            for product in PRODUCTS:
-                if product in chain:
-                    calls.append(self._call(product, M, chain[product], layer))
-        row = _Row(calls, _REFINE_US)
-        if not self._is_loaded:
-            row.run(LOAD_MS)
-            self._is_loaded = True
-        row.run(_WARM_MS / 3)
-        return row.run(_TIMED_MS) * len(chain)
-
-    def _call(self, product: str, M: int, launch: tune_chain.Launch, layer: int) -> Callable[[], object]:
-        kernel, way = launch
-        place = tune_chain.cell(product, M)
-        x, weight = self._x[product][:M], self._weights[product][layer]
-        told = config(kernel, place, way, self._sm_count)
-        out = x.new_empty(M, place.N // 2 if product == "gate_up" else place.N)
-        return lambda: linear.launch_panels(x, weight, None, None, out, False, told)
-
-
-class _Row:
-    """A graph of the calls, again and again until it takes about `us`."""
+    calls: how many there are.
+    """
 
     def __init__(self, calls: Sequence[Callable[[], object]], us: float) -> None:
         # What is refused, or set up at a first call, must not be so in the middle of a capture.
@@ -184,7 +146,8 @@ class _Row:
         one_round = min(_replay_ms(once) for _ in range(2)) * 1e3
         rounds = max(1, math.ceil(us / one_round))
         self._graph = self._captured(calls, rounds) if rounds > 1 else once
-        self._launches = rounds * len(calls)
+        self.calls = len(calls)
+        self._launches = rounds * self.calls
 
     @staticmethod
     def _captured(calls: Sequence[Callable[[], object]], rounds: int) -> torch.cuda.CUDAGraph:
@@ -202,7 +165,7 @@ class _Row:
         return graph
 
     def run(self, ms: float) -> float:
-        """Median microseconds a launch over at least so many milliseconds, and five replays."""
+        """Median microseconds a call over at least so many milliseconds, and five replays."""
         samples: list[float] = []
         while len(samples) < 5 or sum(samples) < ms:
             samples.append(_replay_ms(self._graph))
@@ -218,7 +181,7 @@ def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:
     return float(begin.elapsed_time(end))
 
 
-def _in_turn(rows: Sequence[_Row]) -> Sequence[float]:
+def _in_turn(rows: Sequence[Row]) -> Sequence[float]:
     """The median of each over passes in turn, each after a while of its own load."""
     rows[0].run(LOAD_MS)
     passes: list[list[float]] = []

@@ -34,6 +34,7 @@ inline RmsNormParams norm_of(const Wna16PanelsParams& p) {
   RmsNormParams norm;
   norm.x = p.out, norm.weight = p.norm_weight, norm.out = p.norm_out;
   norm.num_rows = p.M, norm.hidden_size = p.N, norm.x_stride = p.out_stride;
+  norm.prefetch_weight = p.prefetch_weights;
   norm.eps = p.norm_eps, norm.dtype = p.dtype, norm.device = p.device, norm.stream = p.stream;
   return norm;
 }

@@ -21,6 +21,7 @@
 
 #include "device/activation.cuh"
 #include "device/dependent_launch.cuh"
+#include "device/reduce.cuh"
 #include "runtime/alignment.h"
 #include "runtime/launch.h"
 #include "wna16/stream_copies.cuh"
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(max_stream_warps(kTokenTiles, kRowTiles, kBits
     // Roles
     const uint32_t shared = shared_address(dynamic_shared());
     const uint32_t lane = threadIdx.x % kWarpLanes;
-    const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / kWarpLanes), 0);  // uniform
+    const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x / kWarpLanes), 0);  // uniform
     const int warps = a.warps;
     const int first_tile = a.row_tiles.begin(static_cast<int>(blockIdx.x));
     const int end_tile = a.row_tiles.begin(static_cast<int>(blockIdx.x) + 1);

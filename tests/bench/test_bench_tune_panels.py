@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from qsun_bench import panel_ways, tune_chain, tune_panels
+from qsun_bench import panel_ways, tune_chain, tune_layer_device, tune_panels
 from qsun_bench.cli import main
 from qsun_bench.panel_ways import Cell, Kernel, Machine, Way
 
@@ -333,7 +333,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     monkeypatch.setattr(tune_panels_device, "machine", lambda device: MACHINE)
     monkeypatch.setattr(tune_panels_device, "where", lambda device: "Fake 9000, 2026-12-01")
     monkeypatch.setattr(tune_panels_device, "RowTrials", lambda *arguments: state.trials)
-    monkeypatch.setattr(tune_panels_device, "LayerTrials", lambda *arguments: state.chain)
+    monkeypatch.setattr(tune_layer_device, "LayerTrials", lambda *arguments: state.chain)
     yield state
 
 

@@ -102,7 +102,7 @@ def wna16_linear(
     return out
 
 
-class _Norm(NamedTuple):
+class Norm(NamedTuple):
     """What a product's rows go through at its end: out (M, N) is their norm."""
 
     weight: Tensor
@@ -127,7 +127,7 @@ def wna16_linear_rms_norm(
         assert isinstance(norm, Tensor)
         return norm, stream
     norm = torch.empty_like(stream)
-    launch_panels(x, weight, bias, residual, stream, batch_invariant, norm=_Norm(norm_weight, eps, norm))
+    launch_panels(x, weight, bias, residual, stream, batch_invariant, norm=Norm(norm_weight, eps, norm))
     return norm, stream
 
 
@@ -164,7 +164,7 @@ def launch_panels(
     out: Tensor,
     batch_invariant: bool,
     config: library.binding.StreamConfig | library.binding.GemmConfig | None = None,
-    norm: _Norm | None = None,
+    norm: Norm | None = None,
 ) -> None:
     """config: which kernel to run and how, for tests and tuning; by default the library chooses."""
     spec, panels = weight.spec, weight.tensors[0]
