@@ -3,14 +3,17 @@
 What runs before a launch decides how much of its weight can be read early: a ring of stages in shared memory
 fits beside the running kernel only where that one leaves room. So the products of a decoder layer are timed
 where they run, in layers with attention, the write to the cache and the norms. One product at a time takes
-each of its candidates while the others stay; the fastest stays, until a round changes nothing.
+each of its candidates while the others stay, then what is near the fastest of them; the fastest stays, until
+a round changes nothing. What is found is timed against the start once more, in turn, so that a list of lucky
+timings does not win.
 """
 
 from __future__ import annotations
 
 import re
+import statistics
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -28,7 +31,7 @@ TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 CONTEXT = 1024
 """Tokens that each row of the step attends to."""
 
-_ROUNDS = 3
+_ROUNDS, _PASSES = 3, 3
 _GAIN = 0.003
 """Of the chain's time that a change must bring: less is within the noise of a timing."""
 
@@ -120,8 +123,21 @@ def sweep_lines(texts: Mapping[Kernel, str]) -> Mapping[tuple[Kernel, Cell], Seq
     return found
 
 
-def descend(M: int, start: Chain, tried: Mapping[str, Sequence[Launch]], trials: ChainTrials) -> ChainFound:
-    """Coordinate descent from `start` over the candidates of each product."""
+def near(launch: Launch, listed: Sequence[Way]) -> Sequence[Launch]:
+    """Of the ways listed for its kernel those that differ in at most one number, the stages not counted."""
+    kernel, way = launch
+    counted = [i for i, name in enumerate(panel_ways.fields(kernel)) if name != "stages"]
+    return [(kernel, other) for other in listed if sum(other[i] != way[i] for i in counted) <= 1]
+
+
+def descend(
+    M: int,
+    start: Chain,
+    tried: Mapping[str, Sequence[Launch]],
+    trials: ChainTrials,
+    around: Callable[[str, Launch], Sequence[Launch]] = lambda product, launch: (),
+) -> ChainFound:
+    """Coordinate descent from `start` over the candidates of each product and what is `around` its best."""
     refusals: dict[str, None] = {}
 
     def time(chain: Chain, product: str) -> float | None:
@@ -134,30 +150,40 @@ def descend(M: int, start: Chain, tried: Mapping[str, Sequence[Launch]], trials:
             refusals[f"refused: {product} M={M} {panel_ways.in_words(kernel, way)}: {said}"] = None
             return None
 
-    before = trials.time(M, start)
-    chain, now = dict(start), before
+    def timed(chain: Chain, product: str) -> dict[Launch, float]:
+        """The times of what is worth trying for a product while the others stay."""
+        found = {chain[product]: trials.time(M, chain)}
+        waiting, best = list(tried[product]), None
+        while waiting:
+            for launch in waiting:
+                if launch not in found and (us := time({**chain, product: launch}, product)) is not None:
+                    found[launch] = us
+            last, best = best, min(found, key=found.__getitem__)
+            waiting = (
+                [] if best == last else [launch for launch in around(product, best) if launch not in found]
+            )
+        return found
+
+    chain = dict(start)
     times: dict[str, dict[Launch, float]] = {}
     for _ in range(_ROUNDS):
         changed = False
         for product in PRODUCTS:
-            found = {chain[product]: trials.time(M, chain)}
-            for launch in tried[product]:
-                if launch not in found:
-                    us = time({**chain, product: launch}, product)
-                    if us is not None:
-                        found[launch] = us
-            times[product] = found
+            found = times[product] = timed(chain, product)
             best = min(found, key=found.__getitem__)
             if found[best] < found[chain[product]] * (1 - _GAIN):
                 chain[product], changed = best, True
-            now = found[chain[product]]
         if not changed:
             break
+    passes = [(trials.time(M, start), trials.time(M, chain)) for _ in range(_PASSES)]
+    before, now = (statistics.median(times) for times in zip(*passes, strict=True))
+    if now >= before:
+        chain, now = dict(start), before
     adds: dict[tuple[str, Kernel], tuple[Way, float]] = {}
     for product in PRODUCTS:
         without = trials.time(M, {name: launch for name, launch in chain.items() if name != product})
         taken, way = chain[product]
-        us = max(_LEAST_US, times[product][chain[product]] - without)
+        us = max(_LEAST_US, now - without)
         adds[product, taken] = way, us
         for kernel in KERNELS:
             own = {way: us for (by, way), us in times[product].items() if by == kernel}

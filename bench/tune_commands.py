@@ -191,12 +191,19 @@ def _tune_chain(arguments: argparse.Namespace) -> int:
     lines = tune_chain.sweep_lines(texts)
     end = time.monotonic() + arguments.budget
     trials = tune_layer_device.LayerTrials(device)
+    machine = tune_panels_device.machine(device)
     found = []
     for M in tokens:
         if time.monotonic() > end:
             print(f"not measured: M = {M} and what follows (--budget)", file=sys.stderr)
             break
-        one = tune_chain.descend(M, tune_chain.start(M, source), tune_chain.candidates(M, lines), trials)
+
+        def around(product: str, launch: tune_chain.Launch, M: int = M) -> Sequence[tune_chain.Launch]:
+            listed = panel_ways.candidates(launch[0], tune_chain.cell(product, M), machine)
+            return tune_chain.near(launch, listed)
+
+        start, tried = tune_chain.start(M, source), tune_chain.candidates(M, lines)
+        one = tune_chain.descend(M, start, tried, trials, around)
         found.append(one)
         for refusal in one.refusals:
             print(refusal, file=sys.stderr)

@@ -253,6 +253,40 @@ def test_what_a_product_adds_and_the_kernel_that_is_taken() -> None:
     assert ("o", "gemm_sm90") not in found.best
 
 
+def test_what_is_near_the_best_is_tried_as_well() -> None:
+    """From (0,) on, each step finds a better neighbour, up to (4,), which no list holds."""
+    trials = FakeChain(lambda product, launch: 10.0 - min(launch[1][0], 4))
+    tried: dict[str, list[tune_chain.Launch]] = {product: [("stream", (0,))] for product in TRIED}
+
+    def around(product: str, launch: tune_chain.Launch) -> list[tune_chain.Launch]:
+        return [("stream", (launch[1][0] + step,)) for step in (-1, 1)]
+
+    found = tune_chain.descend(1, START, tried, trials, around)
+    assert max(way[0] for _, way in found.chain.values()) == 4
+    assert found.after < found.before
+
+
+def test_near_is_one_number_away_whatever_the_stages() -> None:
+    way = (1, 2, 16, 2, 1, 1)
+    listed = [way, (1, 2, 16, 3, 1, 1), (1, 2, 12, 4, 1, 1), (1, 4, 8, 2, 1, 1), (1, 2, 16, 2, 0, 0)]
+    assert tune_chain.near(("stream", way), listed) == [("stream", other) for other in listed[:3]]
+
+
+def test_lucky_timings_do_not_win() -> None:
+    """Each first timing of a launch looks fast; timed again in turn, none is faster than the start."""
+    seen: set[object] = set()
+
+    class Lucky:
+        def time(self, M: int, chain: tune_chain.Chain) -> float:
+            key = tuple(chain.items())
+            lucky = key not in seen and dict(chain) != dict(START)
+            seen.add(key)
+            return 10.0 if dict(chain) == dict(START) else (5.0 if lucky else 11.0)
+
+    found = tune_chain.descend(1, START, TRIED, Lucky())
+    assert found.chain == START and found.after == found.before == 10.0
+
+
 def test_a_launch_that_is_refused_is_said_and_left_out() -> None:
     def own(product: str, launch: tune_chain.Launch) -> float:
         if launch[0] == "gemm_sm90":
