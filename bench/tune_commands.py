@@ -191,8 +191,10 @@ def _tune_chain(arguments: argparse.Namespace) -> int:
     lines = tune_chain.sweep_lines(texts)
     end = time.monotonic() + arguments.budget
     trials = tune_layer_device.LayerTrials(device)
-    machine = tune_panels_device.machine(device)
-    found = []
+    machine, where = tune_panels_device.machine(device), tune_panels_device.where(device)
+    path = folder / panel_ways.table().CHAIN
+    folder.mkdir(parents=True, exist_ok=True)
+    found, written = [], [path]
     for M in tokens:
         if time.monotonic() > end:
             print(f"not measured: M = {M} and what follows (--budget)", file=sys.stderr)
@@ -207,12 +209,9 @@ def _tune_chain(arguments: argparse.Namespace) -> int:
         found.append(one)
         for refusal in one.refusals:
             print(refusal, file=sys.stderr)
+        old = path.read_text() if path.exists() else ""
+        path.write_text(tune_chain.text([one], where, old))
+        written = [path, *tune_panels.write(folder, [], where)]
     tune_chain.show(found)
-    where = tune_panels_device.where(device)
-    path = folder / panel_ways.table().CHAIN
-    folder.mkdir(parents=True, exist_ok=True)
-    old = path.read_text() if path.exists() else ""
-    path.write_text(tune_chain.text(found, where, old))
-    written = [path, *tune_panels.write(folder, [], where)]
     print("written: " + ", ".join(map(str, written)))
     return EXIT_OK

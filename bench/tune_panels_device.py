@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,12 +157,21 @@ class Row:
         graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         torch.cuda.synchronize()
         # Without torch.cuda.graph(), which empties the allocator's cache first: thousands are captured here.
-        with torch.cuda.stream(side):
-            graph.capture_begin()
-            for _ in range(rounds):
-                for call in calls:
-                    call()
-            graph.capture_end()
+        # A collection in the middle could end an older graph, which is not allowed there.
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.stream(side):
+                graph.capture_begin(pool=_pool())
+                try:
+                    for _ in range(rounds):
+                        for call in calls:
+                            call()
+                finally:
+                    graph.capture_end()
+        finally:
+            if collects:
+                gc.enable()
         graph.replay()
         torch.cuda.synchronize()
         return graph
@@ -170,6 +182,12 @@ class Row:
         while len(samples) < 5 or sum(samples) < ms:
             samples.append(_replay_ms(self._graph))
         return statistics.median(samples) * 1e3 / self._launches
+
+
+@cache
+def _pool() -> Any:
+    """Memory for what is allocated within a capture: thousands of graphs, one after another, share it."""
+    return torch.cuda.graph_pool_handle()
 
 
 def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:
