@@ -7,7 +7,11 @@ BIN    := $(VENV)/bin
 # Pinned: an open range makes pip take the newest CUDA build wherever this one is already there.
 TORCH  ?= torch==2.13.0
 # Two workers of one thread each: small CPU problems lose time to more.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations=15
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=15
+# Tests of one file go to one worker, as far as that leaves none idle: what they share is then made once. Some
+# of the slow tests share so much that they are a group, which stays together.
+FAST_TESTS := $(PYTEST) --dist worksteal -m "not slow"
+SLOW_TESTS := $(PYTEST) --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help required demo test test-slow test-exhaustive test-real ext lint fmt bench soak gpu-check clean
@@ -60,16 +64,16 @@ demo: $(STAMP)
 	$(BIN)/python -m qsun.demo
 
 test: $(STAMP)
-	$(PYTEST) -m "not slow"
+	$(FAST_TESTS)
 
 test-slow: $(STAMP)
-	$(PYTEST) -m "slow and not real_weights and not exhaustive"
+	$(SLOW_TESTS) -m "slow and not real_weights and not exhaustive"
 
 test-exhaustive: $(STAMP)
-	$(PYTEST) -m "slow and exhaustive"
+	$(SLOW_TESTS) -m "slow and exhaustive"
 
 test-real: $(STAMP)
-	$(PYTEST) -m real_weights
+	$(SLOW_TESTS) -m real_weights
 
 ext: $(STAMP)
 	$(BIN)/python setup.py build_ext --inplace

@@ -122,8 +122,6 @@ class BuildCuda(build_ext):
         (package / BUILD_RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
     def _cmake(self, plan: CudaPlan, package: Path) -> None:
-        import pybind11
-
         # CMake's cache outlives the environment of an isolated build, so every path into one is given anew.
         # It cannot change its compiler, so each compiler has a folder of its own; so has each list of
         # architectures, whose objects and compiler reports another build then leaves as they are.
@@ -137,7 +135,7 @@ class BuildCuda(build_ext):
             f"-DCMAKE_CUDA_COMPILER={plan.nvcc}",
             f"-DCMAKE_INSTALL_PREFIX={package}",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-Dpybind11_DIR={kept_pybind11()}",
             f"-DQSUN_CUDA_ARCHS={';'.join(plan.archs)}",
             f"-DQSUN_REVISION={revision()}",
         ]  # fmt: skip
@@ -154,6 +152,26 @@ class BuildCuda(build_ext):
 
     def get_source_files(self) -> list[str]:
         return []
+
+
+def kept_pybind11() -> str:
+    """The CMake folder of a copy of pybind11 under build/.
+
+    Every isolated build has a pybind11 of its own, in another place: all that includes it would be compiled
+    again. One that does not keep CMake's files with it is the system's, which stays where it is.
+    """
+    import pybind11
+
+    package, cmake = Path(pybind11.__file__).parent, Path(pybind11.get_cmake_dir())
+    if package not in cmake.parents:
+        return str(cmake)
+    kept = ROOT / "build" / f"pybind11-{pybind11.__version__}"
+    if not kept.exists():
+        unfinished = kept.with_name(f"{kept.name}-unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(package, unfinished)
+        unfinished.rename(kept)
+    return str(kept / cmake.relative_to(package))
 
 
 def find_ninja() -> str:

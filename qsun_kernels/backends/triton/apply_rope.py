@@ -19,13 +19,13 @@ from torch import Tensor
 
 from qsun_kernels.backends.problems import ApplyRopeProblem, Implementation
 from qsun_kernels.backends.triton.launch import Launching, next_power_of_two, refuse
-from qsun_kernels.backends.triton.numerics import load_float32, store_rounded
+from qsun_kernels.backends.triton.numerics import device_function, load_float32, store_rounded
 
 BLOCK_PAIRS = 1024
 """Pairs that one program turns, at most (unless one head has more)."""
 
 
-@triton.jit
+@device_function
 def _rotate(
     x: tl.tensor,
     out: tl.tensor,

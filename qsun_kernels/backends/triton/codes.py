@@ -6,11 +6,12 @@ A code c becomes 2**23 + c by becoming the low mantissa bits of that number, and
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from qsun_kernels.backends.triton.numerics import device_function
 
-@triton.jit
+
+@device_function
 def load_codes(
     rows: tl.tensor,
     chunk: tl.tensor,
@@ -56,7 +57,7 @@ def load_codes(
     return (codes | 0x4B000000).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@device_function
 def minus_zero(
     codes: tl.tensor, qzeros: tl.tensor, index: tl.tensor, mask: tl.tensor, BITS: tl.constexpr
 ) -> tl.tensor:

@@ -14,10 +14,9 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-import triton
 import triton.language as tl
 
-from qsun_kernels.backends.triton.numerics import INTERPRETED
+from qsun_kernels.backends.triton.numerics import INTERPRETED, device_function
 
 MINIMUM_CAPABILITY = (9, 0)
 
@@ -28,7 +27,7 @@ def can_launch_early(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= MINIMUM_CAPABILITY
 
 
-@triton.jit
+@device_function
 def let_next_kernel_start() -> None:
     """The kernel behind this one may start as soon as every program of this one has said so, or ended."""
     if not INTERPRETED:
@@ -42,7 +41,7 @@ def let_next_kernel_start() -> None:
         )
 
 
-@triton.jit
+@device_function
 def wait_for_earlier_kernels() -> None:
     """Wait until every kernel in front of this one has ended and what it wrote can be read."""
     if not INTERPRETED:
@@ -51,7 +50,7 @@ def wait_for_earlier_kernels() -> None:
         )
 
 
-@triton.jit
+@device_function
 def prefetch_lines(pointers: tl.tensor) -> None:
     """Ask for the cache lines (of 128 bytes) that hold these addresses, without waiting for them."""
     if not INTERPRETED:

@@ -10,11 +10,10 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from qsun_kernels.backends.triton.numerics import INTERPRETED
+from qsun_kernels.backends.triton.numerics import INTERPRETED, device_function
 
 FORMATS = {torch.float8_e4m3fn: "float8", torch.int8: "int8", torch.uint8: "int4"}
 """What kernels call the dtypes of a cache that hold codes; any other dtype holds the numbers themselves."""
@@ -34,7 +33,7 @@ def as_bytes(cache: Tensor) -> Tensor:
     return cache.view(torch.uint8) if cache.dtype in FORMATS else cache
 
 
-@triton.jit
+@device_function
 def quantize_scale(largest_bits: tl.tensor, FORMAT: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """(scale, inverse) of vectors from the bits of their largest magnitudes, int32.
 
@@ -51,7 +50,7 @@ def quantize_scale(largest_bits: tl.tensor, FORMAT: tl.constexpr) -> tuple[tl.te
     return scale, tl.where(is_number, inverse, 0.0)
 
 
-@triton.jit
+@device_function
 def quantize(x: tl.tensor, inverse: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
     """Codes of x * inverse, uint32, in the low bits that the format has; 0 where inverse is 0.
 
@@ -68,7 +67,7 @@ def quantize(x: tl.tensor, inverse: tl.tensor, FORMAT: tl.constexpr) -> tl.tenso
         return codes & 0xFF if FORMAT == "int8" else (codes + 8) & 15
 
 
-@triton.jit
+@device_function
 def quantize_given(x: tl.tensor, inverse: tl.tensor) -> tl.tensor:
     """float8 codes of x * inverse for a scale that was given; NaN (0x7f) where x is not finite."""
     codes = _to_float8(x * inverse)
@@ -76,7 +75,7 @@ def quantize_given(x: tl.tensor, inverse: tl.tensor) -> tl.tensor:
     return tl.where(is_finite, codes, 0x7F)
 
 
-@triton.jit
+@device_function
 def _to_float8(y: tl.tensor) -> tl.tensor:
     """float8_e4m3fn codes of float32 numbers, uint32, within -448..448, rounded to nearest even."""
     sign = (y.to(tl.uint32, bitcast=True) >> 24) & 0x80
@@ -89,7 +88,7 @@ def _to_float8(y: tl.tensor) -> tl.tensor:
     return tl.where(magnitude < 0.015625, small, normal) | sign
 
 
-@triton.jit
+@device_function
 def _float8_to_float32(codes: tl.tensor) -> tl.tensor:
     wide = codes.to(tl.uint32)
     # The same digits with an exponent that is 120 too low, of a subnormal number, too.
@@ -158,7 +157,7 @@ def assembly(form: str, dtype: torch.dtype) -> str:
     return _assembly(form, dtype == torch.bfloat16) if form in ("int8", "int4") and is_16_bits else ""
 
 
-@triton.jit
+@device_function
 def unpack(
     codes: tl.tensor,
     DTYPE: tl.constexpr,
@@ -182,7 +181,7 @@ def unpack(
         return _float8_to_float32(codes).to(DTYPE)
 
 
-@triton.jit
+@device_function
 def unpack_pairs(
     codes: tl.tensor, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:

@@ -9,6 +9,9 @@ the plain instruction, interpreted they work on the bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
@@ -18,7 +21,17 @@ from triton.runtime.jit import JITFunction
 INTERPRETED = tl.constexpr(not isinstance(tl.sum, JITFunction))
 
 
-@triton.jit
+def device_function(function: Callable[..., Any]) -> Any:
+    """`triton.jit` for what kernels call.
+
+    Interpreted, the function itself: the kernel that calls it runs as Python, in the language as the
+    interpreter has set it up. For a decorated one it would set that up anew at every call, which takes longer
+    than most of these functions do.
+    """
+    return function if INTERPRETED else triton.jit(function)
+
+
+@device_function
 def loop_bound(x: tl.tensor) -> tl.tensor:
     """A bound of `range` that is known only when the kernel runs.
 
@@ -30,7 +43,7 @@ def loop_bound(x: tl.tensor) -> tl.tensor:
     return x
 
 
-@triton.jit
+@device_function
 def to_float32(x: tl.tensor) -> tl.tensor:
     """A float16, bfloat16 or float32 block as float32, exactly."""
     if INTERPRETED and x.dtype == tl.bfloat16:
@@ -38,13 +51,13 @@ def to_float32(x: tl.tensor) -> tl.tensor:
     return x.to(tl.float32)
 
 
-@triton.jit
+@device_function
 def load_float32(pointers: tl.tensor, mask: tl.tensor) -> tl.tensor:
     """Load a floating-point block as float32, zero where `mask` is false."""
     return to_float32(tl.load(pointers, mask=mask, other=0.0))
 
 
-@triton.jit
+@device_function
 def _nearest_bfloat16(x: tl.tensor) -> tl.tensor:
     """The bits of a float32 block rounded to bfloat16, to nearest even, in the low half of uint32."""
     bits = x.to(tl.uint32, bitcast=True)
@@ -53,7 +66,7 @@ def _nearest_bfloat16(x: tl.tensor) -> tl.tensor:
     return tl.where(x == x, nearest, (bits >> 16) | 0x40)
 
 
-@triton.jit
+@device_function
 def round_float32(x: tl.tensor, pointers: tl.tensor) -> tl.tensor:
     """A float32 block rounded to the dtype that `pointers` point to, as float32."""
     if INTERPRETED and pointers.dtype.element_ty == tl.bfloat16:
@@ -61,7 +74,7 @@ def round_float32(x: tl.tensor, pointers: tl.tensor) -> tl.tensor:
     return x.to(pointers.dtype.element_ty).to(tl.float32)
 
 
-@triton.jit
+@device_function
 def store_rounded(pointers: tl.tensor, x: tl.tensor, mask: tl.tensor) -> None:
     """Store a float32 block in the dtype that `pointers` point to, rounded to nearest even."""
     if INTERPRETED and pointers.dtype.element_ty == tl.bfloat16:
@@ -69,7 +82,7 @@ def store_rounded(pointers: tl.tensor, x: tl.tensor, mask: tl.tensor) -> None:
     tl.store(pointers, x.to(pointers.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@device_function
 def exp_float32(x: tl.tensor) -> tl.tensor:
     """exp(x) to a few units in the last place for every float32 x; a NaN may become a number.
 
@@ -87,7 +100,7 @@ def exp_float32(x: tl.tensor) -> tl.tensor:
     return tl.exp(r) * tl.exp2(half) * tl.exp2(n - half)
 
 
-@triton.jit
+@device_function
 def tanh_float32(x: tl.tensor) -> tl.tensor:
     """tanh(x) to a few units in the last place for every float32 x; a NaN stays one.
 

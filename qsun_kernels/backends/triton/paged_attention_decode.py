@@ -46,6 +46,7 @@ from qsun_kernels.backends.triton.launch import (
 )
 from qsun_kernels.backends.triton.numerics import (
     INTERPRETED,
+    device_function,
     loop_bound,
     tanh_float32,
     to_float32,
@@ -74,7 +75,7 @@ STAGES = 5
 _MERGED_AT_ONCE = 32
 
 
-@triton.jit
+@device_function
 def _weighted_sum(p: tl.tensor, v: tl.tensor, IN_16_BITS: tl.constexpr) -> tl.tensor:
     """p (BLOCK_R, TILE) float32 times v (TILE, BLOCK_D)."""
     if INTERPRETED or not IN_16_BITS:

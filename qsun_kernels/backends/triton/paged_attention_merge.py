@@ -17,16 +17,16 @@ import triton
 import triton.language as tl
 
 from qsun_kernels.backends.triton.dependent_launch import let_next_kernel_start, wait_for_earlier_kernels
-from qsun_kernels.backends.triton.numerics import loop_bound, store_rounded
+from qsun_kernels.backends.triton.numerics import device_function, loop_bound, store_rounded
 
 
-@triton.jit
+@device_function
 def finite_shift(maximum: tl.tensor) -> tl.tensor:
     """What to subtract from scores: their maximum, or 0 where there are none, as -inf - -inf is no number."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
-@triton.jit
+@device_function
 def store_result(
     out: tl.tensor,  # pointers (rows, columns)
     lse: tl.tensor,  # pointers (rows,)

@@ -31,7 +31,7 @@ from qsun_kernels.backends.triton.dependent_launch import (
 )
 from qsun_kernels.backends.triton.kv_codes import FORMATS
 from qsun_kernels.backends.triton.launch import Launching, multiprocessors, next_power_of_two
-from qsun_kernels.backends.triton.numerics import loop_bound
+from qsun_kernels.backends.triton.numerics import device_function, loop_bound
 
 TILE_VALUES = 8192
 """Numbers in a tile of keys; with the tile of values and the next two in flight, 64 KiB in 16 bits."""
@@ -96,7 +96,7 @@ def parts_of(plan: Tensor, batch: int) -> int:
     return plan.shape[0] - batch - 3
 
 
-@triton.jit
+@device_function
 def first_position(length: tl.tensor, window: tl.tensor, Q_LEN: tl.constexpr) -> tl.tensor:
     """The first position that any of the last Q_LEN tokens attends to."""
     return tl.maximum(length - Q_LEN - window + 1, 0)

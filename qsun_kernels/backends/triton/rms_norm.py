@@ -18,6 +18,7 @@ from torch import Tensor
 from qsun_kernels.backends.problems import Implementation, RmsNormProblem
 from qsun_kernels.backends.triton.launch import Launching, next_power_of_two, refuse, rows_of
 from qsun_kernels.backends.triton.numerics import (
+    device_function,
     load_float32,
     loop_bound,
     round_float32,
@@ -28,7 +29,7 @@ MAX_BLOCK = 8192
 """Values of a row that one program holds: 64 registers a thread at 8 warps, in 32 bits."""
 
 
-@triton.jit
+@device_function
 def _load_row(
     x: tl.tensor,
     residual: tl.tensor,

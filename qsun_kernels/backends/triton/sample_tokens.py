@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qsun_kernels.backends.problems import Implementation, SampleTokensProblem
 from qsun_kernels.backends.triton.launch import Launching, next_power_of_two, refuse
-from qsun_kernels.backends.triton.numerics import load_float32, loop_bound
+from qsun_kernels.backends.triton.numerics import device_function, load_float32, loop_bound
 
 MAX_BLOCK = 4096
 
@@ -34,7 +34,7 @@ MIX_2 = tl.constexpr(0x94D049BB133111EB)
 """SplitMix64 (Steele, Lea, Flood, OOPSLA 2014, fig. 16)."""
 
 
-@triton.jit
+@device_function
 def _distance(
     row: tl.tensor,
     column: tl.tensor,
@@ -47,7 +47,7 @@ def _distance(
     return tl.div_rn(highest - x, temperature)
 
 
-@triton.jit
+@device_function
 def _relative_mass(
     distance: tl.tensor,
 ) -> tl.tensor:
@@ -64,7 +64,7 @@ def _relative_mass(
     return (power.to(tl.int64) << 9) >> (exponent >> 25).to(tl.int64)
 
 
-@triton.jit
+@device_function
 def _sum_up_to(
     row: tl.tensor,
     V: tl.tensor,
@@ -91,7 +91,7 @@ def _sum_up_to(
     return tl.sum(total, axis=0)
 
 
-@triton.jit
+@device_function
 def _last_kept(
     row: tl.tensor,
     V: tl.tensor,
@@ -131,7 +131,7 @@ def _last_kept(
     return key, low
 
 
-@triton.jit
+@device_function
 def _uniform_bits(
     key: tl.tensor,
     column: tl.tensor,
@@ -142,7 +142,7 @@ def _uniform_bits(
     return bits ^ (bits >> 31)
 
 
-@triton.jit
+@device_function
 def _gumbel(
     bits: tl.tensor,
 ) -> tl.tensor:

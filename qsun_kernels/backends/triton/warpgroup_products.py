@@ -14,10 +14,9 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-import triton
 import triton.language as tl
 
-from qsun_kernels.backends.triton.numerics import INTERPRETED
+from qsun_kernels.backends.triton.numerics import INTERPRETED, device_function
 
 CAPABILITY = (9, 0)
 
@@ -28,7 +27,7 @@ def multiplies_by_warpgroups(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == CAPABILITY
 
 
-@triton.jit
+@device_function
 def wait_for_products() -> None:
     """Wait until every product of this warp has read its operands and written its sums."""
     if not INTERPRETED:

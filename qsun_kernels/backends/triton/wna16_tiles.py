@@ -46,6 +46,7 @@ from qsun_kernels.backends.triton.dependent_launch import (
 from qsun_kernels.backends.triton.launch import Launching, next_power_of_two
 from qsun_kernels.backends.triton.numerics import (
     INTERPRETED,
+    device_function,
     load_float32,
     loop_bound,
     store_rounded,
@@ -60,7 +61,7 @@ from qsun_kernels.backends.triton.wna16_unpack import unpack_assembly, unpack_wo
 LINE = 128  # bytes of an L2 cache line
 
 
-@triton.jit
+@device_function
 def _spread_groups(
     pairs: tl.tensor, CHUNKS: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr
 ) -> tl.tensor:
@@ -78,7 +79,7 @@ def _spread_groups(
     return tl.reshape(pairs, (CHUNKS * TILES, 128))
 
 
-@triton.jit
+@device_function
 def _as_operand(
     weights: tl.tensor,
     BITS: tl.constexpr,
@@ -113,7 +114,7 @@ def _as_operand(
     return tl.reshape(w, (SLICES, ROW_TILES * 16, K))
 
 
-@triton.jit
+@device_function
 def _columns_as_operand(
     x: tl.tensor, SLICES: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr
 ) -> tl.tensor:
@@ -127,7 +128,7 @@ def _columns_as_operand(
     return tl.reshape(x, (SLICES, K, BLOCK_M))
 
 
-@triton.jit
+@device_function
 def _load_step(
     words: tl.tensor,
     scales: tl.tensor,

@@ -10,13 +10,11 @@ Interpreted, the same numbers by plain arithmetic.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any  # noqa: F401
 
 import torch
-import triton
 import triton.language as tl
 
-from qsun_kernels.backends.triton.numerics import INTERPRETED, round_float32
+from qsun_kernels.backends.triton.numerics import INTERPRETED, device_function, round_float32
 
 
 @lru_cache(maxsize=32)
@@ -90,36 +88,42 @@ def _twice(half: int) -> str:
     return f"{half << 16 | half:#010x}"
 
 
-@triton.jit
-def _interpreted_code(
-    words: tl.tensor,
-    scales: tl.tensor,
-    zeros: tl.tensor,
-    like: tl.tensor,
-    BITS: tl.constexpr,
-    CODE: tl.constexpr,
+@device_function
+def _unpack_interpreted(
+    words: tl.tensor, scales: tl.tensor, zeros: tl.tensor, like: tl.tensor, BITS: tl.constexpr
 ) -> tl.tensor:
-    """The weight of code number CODE of each word, float32, rounded to the dtype that `like` points to."""
-    H_N: tl.constexpr = (CODE // 2) % 2
-    SHIFT: tl.constexpr = 8 * CODE if BITS == 8 else BITS * (CODE // 2) + 16 * (CODE % 2)
-    code = (words.to(tl.uint32, bitcast=True) >> SHIFT) & ((1 << BITS) - 1)
-    scale = (scales.to(tl.uint32, bitcast=True) >> (16 * H_N)) & 0xFFFF
+    """`unpack_words`, all codes at once: what the interpreter is slow at is the number of operations."""
+    CODES: tl.constexpr = 32 // BITS
+    number = tl.arange(0, CODES)
+    shift = 8 * number if BITS == 8 else BITS * (number // 2) + 16 * (number % 2)
+    half = 16 * (number // 2 % 2)
+    code = (words.to(tl.uint32, bitcast=True)[:, :, None] >> shift) & ((1 << BITS) - 1)
+    scale = (scales.to(tl.uint32, bitcast=True)[:, :, None] >> half) & 0xFFFF
     if like.dtype.element_ty == tl.bfloat16:
         scale = (scale << 16).to(tl.float32, bitcast=True)
     else:
         scale = scale.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     zero = 1 << (BITS - 1)
     if zeros is not None:
-        zero = ((zeros.to(tl.uint32, bitcast=True) >> (16 * H_N)) & 0xFFFF).to(tl.float32)
-    return round_float32((code.to(tl.float32) - zero) * scale, like)
+        zero = ((zeros.to(tl.uint32, bitcast=True)[:, :, None] >> half) & 0xFFFF).to(tl.float32)
+    weight = round_float32((code.to(tl.float32) - zero) * scale, like)
+    # The bits of a code's number, the lowest first.
+    ROWS: tl.constexpr = words.shape[0]
+    COLUMNS: tl.constexpr = words.shape[1]
+    if BITS == 8:
+        return tl.permute(tl.reshape(weight, (ROWS, COLUMNS, 2, 2)), (0, 1, 3, 2))
+    elif BITS == 4:
+        return tl.permute(tl.reshape(weight, (ROWS, COLUMNS, 2, 2, 2)), (0, 1, 4, 3, 2))
+    else:
+        return tl.permute(tl.reshape(weight, (ROWS, COLUMNS, 2, 2, 2, 2)), (0, 1, 5, 4, 3, 2))
 
 
-@triton.jit
+@device_function
 def _join_4(a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor) -> tl.tensor:
     return tl.join(tl.join(a, b), tl.join(c, d))
 
 
-@triton.jit
+@device_function
 def unpack_words(
     words: tl.tensor,
     scales: tl.tensor,
@@ -136,9 +140,7 @@ def unpack_words(
     """
     CODES: tl.constexpr = 32 // BITS
     if INTERPRETED:
-        t = ()  # type: tuple[Any, ...]
-        for code in tl.static_range(CODES):
-            t += (_interpreted_code(words, scales, zeros, like, BITS, code),)
+        return _unpack_interpreted(words, scales, zeros, like, BITS)
     elif zeros is None:
         t = tl.inline_asm_elementwise(
             ASSEMBLY,

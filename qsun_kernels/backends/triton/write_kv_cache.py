@@ -15,14 +15,14 @@ from torch import Tensor
 
 from qsun_kernels.backends.problems import Implementation, WriteKvCacheProblem
 from qsun_kernels.backends.triton.launch import Launching, next_power_of_two, refuse, refuse_cache
-from qsun_kernels.backends.triton.numerics import store_rounded, to_float32
+from qsun_kernels.backends.triton.numerics import device_function, store_rounded, to_float32
 from qsun_kernels.backends.triton.write_kv_cache_steps import write_kv_cache_steps
 
 BLOCK_VALUES = 2048
 """Values of k (and of v) that one program moves, at most (unless one head has more)."""
 
 
-@triton.jit
+@device_function
 def _copy(source: tl.tensor, destination: tl.tensor, mask: tl.tensor) -> None:
     value = tl.load(source, mask=mask)
     if source.dtype.element_ty == destination.dtype.element_ty:

@@ -26,13 +26,13 @@ from qsun_kernels.backends.triton.kv_codes import (
     quantize_scale,
 )
 from qsun_kernels.backends.triton.launch import Launching, next_power_of_two
-from qsun_kernels.backends.triton.numerics import load_float32, round_float32, store_rounded
+from qsun_kernels.backends.triton.numerics import device_function, load_float32, round_float32, store_rounded
 
 BLOCK_PAIRS = 1024
 """Pairs of values that one program has, at most (unless one head has more)."""
 
 
-@triton.jit
+@device_function
 def _round_of_hadamard(
     x: tl.tensor, ROWS: tl.constexpr, WIDTH: tl.constexpr, DISTANCE: tl.constexpr
 ) -> tl.tensor:
@@ -42,7 +42,7 @@ def _round_of_hadamard(
     return tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2)), (ROWS, WIDTH))
 
 
-@triton.jit
+@device_function
 def _hadamard(
     low: tl.tensor, high: tl.tensor, ROWS: tl.constexpr, WIDTH: tl.constexpr, ROUNDS: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
@@ -54,7 +54,7 @@ def _hadamard(
     return (low + high) * NORM, (low - high) * NORM
 
 
-@triton.jit
+@device_function
 def _prepare(
     x: tl.tensor,  # pointers to the heads of a token
     head: tl.tensor,  # (ROWS, 1)
@@ -91,7 +91,7 @@ def _prepare(
     return low, high
 
 
-@triton.jit
+@device_function
 def _store_codes(
     row: tl.tensor,  # pointers (ROWS, 1) to the first byte of each head, or of its second half
     codes: tl.tensor,  # uint32 (ROWS, BLOCK_PAIR)
@@ -110,7 +110,7 @@ def _store_codes(
         tl.store(row + pair, codes.to(tl.uint8), mask=mask & (pair < size))
 
 
-@triton.jit
+@device_function
 def _append(
     low: tl.tensor,
     high: tl.tensor,

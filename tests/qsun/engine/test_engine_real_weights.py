@@ -14,7 +14,6 @@ tokens is the most likely one after those before it.
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,8 +39,8 @@ from qsun_kernels.testing.tolerances import compare
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.real_weights,
-    # One worker loads the models, once; without xdist its marker is not known either.
-    *([pytest.mark.xdist_group("real_weights")] if importlib.util.find_spec("xdist") else []),
+    # One worker loads the models, once.
+    pytest.mark.xdist_group("real_weights"),
 ]
 
 NEW_TOKENS = 64

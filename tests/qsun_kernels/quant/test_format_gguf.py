@@ -296,15 +296,13 @@ def test_a_real_layer_is_what_transformers_loads(smollm2_gguf, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_real_file_is_what_transformers_loads(smollm2_gguf):
-    pytest.importorskip("gguf")
-    transformers = pytest.importorskip("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32
-    )
+@pytest.mark.long
+@pytest.mark.xdist_group("smollm2")
+def test_a_real_file_is_what_transformers_loads(smollm2_gguf, smollm2_by_transformers):
+    state = smollm2_by_transformers.state_dict()
     with GGUFFile(smollm2_gguf) as file:
-        assert torch.equal(file.read("token_embd.weight"), model.state_dict()["model.embed_tokens.weight"])
-        assert_layers_are_equal(file, model.state_dict(), (0, 13, 29))
+        assert torch.equal(file.read("token_embd.weight"), state["model.embed_tokens.weight"])
+        assert_layers_are_equal(file, state, (0, 13, 29))
 
 
 def metadata_lie(kind: int, value: bytes) -> bytes:

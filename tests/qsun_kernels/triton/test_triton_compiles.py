@@ -74,10 +74,16 @@ def check(reports: list[dict[str, Any]]) -> None:
             assert report["tensor_cores"], f"{name} multiplies without tensor cores"
 
 
-def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
-    reports = compile_cases("quick", ["90"], tmp_path)
+def check_all_of(cases: str, arch: int, cache: Path) -> None:
+    """Cases in which every kernel is compiled."""
+    reports = compile_cases(cases, [str(arch)], cache)
     assert {report["kernel"] for report in reports} == KERNELS
+    assert {report["arch"] for report in reports} == {arch}
     check(reports)
+
+
+def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
+    check_all_of("quick", 90, tmp_path)
 
 
 def test_a_kernel_that_does_not_wait_for_its_products_is_found(tmp_path: Path) -> None:
@@ -98,17 +104,10 @@ def test_every_tuned_kernel_for_hopper(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("which", "arch"),
-    [
-        ("quick", 80),
-        ("quick", 90),
-        *(pytest.param("more", arch, marks=pytest.mark.exhaustive) for arch in (80, 90)),
-    ],
+    [("quick", 80), *(pytest.param("more", arch, marks=pytest.mark.exhaustive) for arch in (80, 90))],
 )
 def test_what_launchers_pick_compiles_for_ampere_and_hopper(which: str, arch: int, tmp_path: Path) -> None:
-    reports = compile_cases(which, [str(arch)], tmp_path)
-    assert {report["kernel"] for report in reports} == KERNELS
-    assert {report["arch"] for report in reports} == {arch}
-    check(reports)
+    check_all_of(which, arch, tmp_path)
 
 
 @pytest.mark.slow
