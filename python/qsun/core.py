@@ -28,6 +28,7 @@ __all__ = [
     "ForwardContext",
     "PrefillAttention",
     "PrefillChunk",
+    "PrefillPlan",
     "Request",
     "SamplingParams",
     "Sequence",
@@ -77,11 +78,38 @@ class PrefillChunk:
     block_ids: Tensor
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PrefillPlan:
+    """What the attention of a forward's chunks reads and who sees whom, for all layers of one window.
+
+    runs: int64 (num_kv_heads * n,), head by head, for the n blocks that the chunks see, chunk by chunk: the
+        row of that head of that block in a cache taken as num_blocks * num_kv_heads rows.
+    q_starts: where each chunk's tokens begin, and the end of the last one's.
+    k_starts, k_lengths: which of the n * block_size slots are those that each chunk sees.
+    window: None also where no chunk is longer than the layer's.
+    starts: int32 (3, num_chunks + 1), the three above on the device, for FlashAttention; else None.
+    masks: of each chunk where that cannot run, bool, rows being all query heads of a key head's group one
+        after the other; None where all is seen.
+    """
+
+    runs: Tensor
+    q_starts: tuple[int, ...]
+    k_starts: tuple[int, ...]
+    k_lengths: tuple[int, ...]
+    window: int | None
+    starts: Tensor | None
+    masks: tuple[Tensor | None, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class PrefillAttention:
-    """Chunks of several sequences, side by side; each token attends to its own sequence up to itself."""
+    """Chunks of several sequences, side by side; each token attends to its own sequence up to itself.
+
+    plans: by the window of a layer, as in `DecodeAttention`.
+    """
 
     chunks: tuple[PrefillChunk, ...]
+    plans: Mapping[int | None, PrefillPlan] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,14 +334,24 @@ class Chunk:
     def end(self) -> int:
         return self.start + self.length
 
+    @property
+    def gives_first_token(self) -> bool:
+        """Whether the logits behind it, the prefill module's own, are those of the first new token."""
+        return self.sequence.awaits_prefill_logits and self.end == self.sequence.fill_target
+
+    @property
+    def module(self) -> str | None:
+        """Whose forward pass computes it: a prefill module's fingerprint, None for the decode module."""
+        return self.sequence.fingerprint if self.writer == "prefill" else None
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """The work of one step, in order of execution, each part in order of arrival.
 
-    prefill: prompt positions, each by its own prefill module.  rebuild: response positions lost to a
-    preemption, by the decode module.  decode: the sequences that get one token from the decode module, of
-    all models.
+    prefill: prompt positions, all by one prefill module.  rebuild: response positions lost to a preemption,
+    by the decode module; one of the two is empty.  decode: the sequences that get one token from the decode
+    module, of all models.
     """
 
     prefill: tuple[Chunk, ...]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qsun.core import Chunk, ForwardContext, PrefillAttention, PrefillChunk
 from qsun.kv_cache.block_tables import blocks_for, slots_for
+from qsun.layers.prefill_attention import copy_to_device
 
 __all__ = ["prefill_inputs"]
 
@@ -29,7 +30,7 @@ def prefill_inputs(
         slots += slots_for(sequence.block_ids, chunk.start, chunk.length, block_size)
     # One copy for everything: small copies to a GPU cost their latency, not their bytes.
     block_ids = [block for _, _, blocks in parts for block in blocks]
-    numbers = torch.tensor(tokens + positions + slots + block_ids, dtype=torch.int64).to(device)
+    numbers = copy_to_device(tokens + positions + slots + block_ids, torch.int64, device)
     size = len(tokens)
     token_ids, position_ids, slot_mapping, all_blocks = numbers.split([size, size, size, len(block_ids)])
     attention, taken = [], 0

@@ -32,7 +32,7 @@ class EngineOptions:
     memory: of the KV cache: bytes, "2GiB", or a fraction of the device memory that is free when the cache is
         made; None is 0.9 on a GPU and at most 1 GiB on a CPU.
     swap_memory: host memory for preempted requests: bytes or "2GiB"; 0 for none.
-    prefill_chunk: most prompt tokens that are computed in one step.
+    prefill_chunk: most prompt tokens that are computed in one step; they are of one model.
     first_token: the convention of modules that state none.
     backend: of every operator; None is the best there is for each.
     prefix_reuse: whether requests of one model share the KV of common beginnings, which a decode step then

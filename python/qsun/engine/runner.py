@@ -143,14 +143,29 @@ class Runner:
         """Where every other method has to be called, and whatever else touches the cache."""
         return running(self._stream, self._backend)
 
-    def prefill(self, stack: DecoderStack, chunks: Items[Chunk]) -> Tensor:
-        """Write the KV of chunks through one module's stack.  Returns its hidden states (T, H)."""
+    def prefill(self, stack: DecoderStack, chunks: Items[Chunk]) -> Tensor | None:
+        """Write the KV of chunks through one module's stack.
+
+        Returns its hidden states (T, H); None, and they are not computed, where no chunk gives a first token.
+        """
         token_ids, ctx = prefill_inputs(chunks, self.kv_cache.block_size, self.kv_cache.device)
-        return stack.forward(self.decode_module.embed(token_ids), ctx, self.kv_cache)
+        embedded = self.decode_module.embed(token_ids)
+        if any(chunk.gives_first_token for chunk in chunks):
+            return stack.forward(embedded, ctx, self.kv_cache)
+        stack.write_kv(embedded, ctx, self.kv_cache)
+        return None
 
     def rebuild(self, chunks: Items[Chunk]) -> None:
         """Write the KV of response positions again, as the decode module wrote it, many at a time."""
         self.prefill(self.decode_module.stack, chunks)
+
+    def mark(self) -> torch.cuda.Event | None:
+        """An event behind all that was launched so far; None on a CPU, where nothing is under way."""
+        if self._stream is None:
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 (n, V) of hidden states (n, H) through the lm_head that all modules share."""

@@ -1,8 +1,13 @@
 """What is computed next, and whose KV gives way when blocks run out.
 
-One step is one batch: prompt positions (each by the request's own prefill module, chunked within a token
-budget), response positions lost to a preemption (by the decode module), then one token for every sequence
-that is ready, of all models, by the decode module.
+One step is one batch: prompt positions (by the requests' own prefill module, chunked within a token budget)
+or response positions lost to a preemption (by the decode module), then one token for every sequence that is
+ready, of all models, by the decode module.
+
+Only one module computes chunks in a step: that of the oldest sequence which lacks some, and its other
+sequences fill the budget.  A module's weights are read whole for a chunk of any length, so with a few tokens
+of each of several models a step would last several times as long as its budget says, and everybody who is
+decoding would wait for it.  The next module's turn is the next step, when they all have a token more.
 
 Order of arrival is the only priority.  A step walks the sequences from oldest to latest and gives each what
 it needs.  Who lacks a block takes it from the latest arrival that holds some; who finds no later one waits,
@@ -16,9 +21,9 @@ save them.  It then keeps its blocks, or, if that room was taken in the meantime
 what is missing.
 
 While the device computes a step, the host may begin the next one before it knows the tokens of the first
-(`engine/step.py`).  Nothing here runs ahead: a sequence's tokens and num_computed are those of steps whose
-tokens are known.  What is asked in between is only whether the next step can be the same sequences once more
-(`has_other_work`), and for the blocks that this takes (`extend`).
+(`engine/step.py`).  Nothing here runs ahead: a sequence's tokens are those of steps whose tokens are known.
+What is asked in between is only whether the next step can be the same sequences once more (`has_other_work`)
+and for the blocks that this takes (`extend`), or else which chunks it has in any case (`next_chunks`).
 """
 
 from __future__ import annotations
@@ -124,14 +129,32 @@ class Scheduler:
         ended, self._ended = self._ended, []
         return ended
 
-    def schedule(self) -> Batch:
+    def next_chunks(self) -> list[Chunk]:
+        """Chunks of the next step that no token of this one can change, to be computed before `schedule`.
+
+        They are of sequences that have their blocks already, in order of arrival, up to one that `schedule`
+        has to decide about, or whose first token comes with its last chunk.
+        """
+        chunks: list[Chunk] = []
+        for sequence in self.live.values():
+            if sequence.state not in ("prefilling", "decoding"):
+                break
+            chunk = self._chunk(sequence, chunks) if sequence.state == "prefilling" else None
+            if chunk is None:
+                continue
+            if chunk.gives_first_token:
+                break
+            chunks.append(chunk)
+        return chunks
+
+    def schedule(self, *, begun: bool = False) -> Batch:
         """The next step's work, with all blocks it writes to allocated.
 
+        begun: chunks of this step were computed already (`next_chunks`), so it has no others.
         Sequences in `Batch.decode` may have chunks in the same batch: they are ready once those are computed.
         """
         chunks: list[Chunk] = []
         decode: list[Sequence] = []
-        budget = self.token_budget
         admitting = True
         self._gave_way.clear()
         self._next_in = None
@@ -149,9 +172,15 @@ class Scheduler:
             elif not self._grow(sequence, oldest):
                 admitting = False
                 continue
-            filled, new = self._chunks(sequence, budget)
-            budget -= sum(chunk.length for chunk in new)
-            chunks += new
+            filled = sequence.num_computed
+            if not begun and filled < sequence.fill_target:
+                if sequence.writer(filled) == "given":
+                    self._lose(sequence)
+                    continue
+                chunk = self._chunk(sequence, chunks)
+                if chunk is not None:
+                    chunks.append(chunk)
+                    filled = chunk.end
             if filled == sequence.fill_target and not sequence.awaits_prefill_logits:
                 decode.append(sequence)
         return Batch(
@@ -206,21 +235,16 @@ class Scheduler:
         sequence.num_computed = len(sequence.tokens)
         sequence.tokens.append(token)
 
-    def _chunks(self, sequence: Sequence, budget: int) -> tuple[int, list[Chunk]]:
-        """Chunks for what is missing before the next token, and the positions filled once they are done."""
-        chunks: list[Chunk] = []
-        position = sequence.num_computed
-        while budget > 0 and position < sequence.fill_target:
-            writer = sequence.writer(position)
-            if writer == "given":
-                self._lose(sequence)
-                return position, []
-            end = sequence.prefill_length if writer == "prefill" else sequence.fill_target
-            length = min(budget, end - position)
-            chunks.append(Chunk(sequence, position, length, writer))
-            position += length
-            budget -= length
-        return position, chunks
+    def _chunk(self, sequence: Sequence, chunks: list[Chunk]) -> Chunk | None:
+        """What a sequence adds to the chunks of a step; None where budget or module are others'."""
+        start = sequence.num_computed
+        writer = sequence.writer(start)
+        budget = self.token_budget - sum(chunk.length for chunk in chunks)
+        if writer == "given" or budget == 0:
+            return None
+        end = sequence.prefill_length if writer == "prefill" else sequence.fill_target
+        chunk = Chunk(sequence, start, min(budget, end - start), writer)
+        return chunk if not chunks or chunk.module == chunks[0].module else None
 
     def _admit(self, sequence: Sequence, oldest: bool) -> bool:
         """Give a sequence without blocks its blocks, and its saved KV back.  False: it has to wait."""

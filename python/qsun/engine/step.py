@@ -13,10 +13,17 @@ device has left them (`Runner.decode_next`).  Of a sequence that turns out to ha
 computed a token too many: it is dropped and never told.  The blocks of such a sequence are free at once, for
 whatever is written to them next comes later on the same stream.
 
+While prompts are read, the batch of the next step is not known, but most of its chunks are: those are
+launched before the last step is collected, and the decode batch after.  So the device reads prompts while the
+host collects, plans and tells, and a chunk's many launches are made while the chunk before it is computed:
+
+    device    | chunk t, decode t     | chunk t+1, decode t+1     |
+    host        chunk t+1, collect t, decode t+1, tell t
+
 Everything else is launched after the last step was collected: a batch that others join, preemptions, rows
 that only the host can draw (`needs_host`) and first tokens by a prefill module.  Even then most of the
-telling is done while the device works.  Scheduler and sequences know of collected steps only, so none of
-their rules changes.
+telling is done while the device works.  The tokens that scheduler and sequences know are those of collected
+steps, so none of their rules changes.
 """
 
 from __future__ import annotations
@@ -24,6 +31,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -52,6 +60,7 @@ class _Launched:
 
     decode: the decode batch; None without one.  by_host: rows of it whose tokens the host has to draw.
     first: sequences whose first token the prefill module gives, and its logits, float32 (n, V).
+    read: sequences whose chunks it computes.  chunks_done: the event behind those; None on a CPU.
     ahead: launched before the tokens that it reads were known.
     """
 
@@ -59,7 +68,18 @@ class _Launched:
     by_host: Members = ()
     first: tuple[Sequence, ...] = ()
     first_logits: Tensor | None = None
+    read: tuple[Sequence, ...] = ()
+    chunks_done: torch.cuda.Event | None = None
     ahead: bool = False
+
+    def tokens(self) -> list[int]:
+        """Of the decode batch, by row.  Waits for the step to end."""
+        if self.decode is not None:
+            return self.decode.tokens()
+        if self.chunks_done is not None:
+            # Else the host would launch a long prompt to its end, and whoever comes would wait behind it.
+            self.chunks_done.synchronize()
+        return []
 
     @property
     def can_be_followed(self) -> bool:
@@ -105,17 +125,20 @@ class StepExecutor:
     def _step(self) -> None:
         last, self._launched = self._launched, None
         following, failure = None, None
+        begun: list[Chunk] = []
         if last is not None:
             if last.can_be_followed:
                 try:
                     following = self._follow()
                 except Exception as error:
                     failure = error
+            if following is None and failure is None:
+                begun = self._begin()
             self._collect(last)
             if failure is not None and last.decode is not None:
                 self._fail((sequence for sequence, _ in last.decode.members), "decode module", failure)
         if following is None:
-            following = self._launch()
+            following = self._launch(begun)
         self._tell_untold()
         if following is not None and not self.overlap:
             self._collect(following)
@@ -131,17 +154,29 @@ class StepExecutor:
         step = runner.decode_next(scheduler.extend)
         return None if step is None else _Launched(step, ahead=True)
 
-    def _launch(self) -> _Launched | None:
-        """Plan a step and launch it, with nothing else under way; None when there is nothing to compute."""
+    def _begin(self) -> list[Chunk]:
+        """Launch the chunks that the next step has in any case.  The last one may be under way."""
+        chunks = self.workspace.scheduler.next_chunks()
+        if chunks:
+            first = self._compute(chunks)
+            assert not first, "a first token is drawn with the step that is planned"
+        return chunks
+
+    def _launch(self, begun: list[Chunk]) -> _Launched | None:
+        """Plan the rest of a step and launch it; None when there is nothing to compute.
+
+        Nothing is under way but the chunks that were begun.
+        """
         self._tell_untold(ends_only=True)
-        batch = self.workspace.scheduler.schedule()
+        batch = self.workspace.scheduler.schedule(begun=bool(begun))
         for lost in self.workspace.scheduler.ended():
             self._lose(lost)
-        if batch.empty:
+        if batch.empty and not begun:
             return None
         self.counters.steps += 1
-        first = self._prefill(batch.prefill)
-        self._rebuild(batch.rebuild)
+        chunks = [*batch.prefill, *batch.rebuild]
+        first = self._compute(chunks)
+        chunks += begun
         ready = [sequence for sequence in batch.decode if sequence.state == "decoding"]
         decode = self._decode(ready)
         first_logits = self._first_logits(first)
@@ -150,40 +185,44 @@ class StepExecutor:
             by_host = tuple(m for m in decode.members if needs_host(m[0].request.params, m[0].num_output))
         # Whoever failed above has left the batch, and its part of the logits was never made.
         drawing = tuple(sequence for sequence, _ in first) if first_logits is not None else ()
-        return _Launched(decode, by_host, drawing, first_logits)
+        read = tuple(chunk.sequence for chunk in chunks)
+        chunks_done = self.workspace.runner.mark() if decode is None else None
+        return _Launched(decode, by_host, drawing, first_logits, read, chunks_done)
 
-    def _prefill(self, chunks: Iterable[Chunk]) -> list[tuple[Sequence, Tensor]]:
-        """Compute prompt chunks, one forward pass a module.
+    def _compute(self, chunks: Items[Chunk]) -> list[tuple[Sequence, Tensor]]:
+        """Compute chunks of one module.
 
         Returns the sequences whose first token the prefill module gives, with its last hidden state (H,).
         """
-        by_module: dict[str, list[Chunk]] = {}
-        for chunk in chunks:
-            by_module.setdefault(chunk.sequence.fingerprint, []).append(chunk)
+        if not chunks:
+            return []
+        if chunks[0].writer == "prefill":
+            return self._prefill(chunks)
+        self._rebuild(chunks)
+        return []
+
+    def _prefill(self, chunks: Items[Chunk]) -> list[tuple[Sequence, Tensor]]:
+        """Compute prompt chunks of one prefill module; returns what `_compute` does."""
+        model = self.registry.get(chunks[0].sequence.request.model)
+        assert model.module is not None, "a model without a module has nothing to prefill"
+        try:
+            hidden = self.workspace.runner.prefill(model.module.stack, chunks)
+        except Exception as failure:
+            self._fail((c.sequence for c in chunks), f"prefill module of {model.name!r}", failure)
+            return []
         first: list[tuple[Sequence, Tensor]] = []
-        for together in by_module.values():
-            model = self.registry.get(together[0].sequence.request.model)
-            assert model.module is not None, "a model without a module has nothing to prefill"
-            try:
-                hidden = self.workspace.runner.prefill(model.module.stack, together)
-            except Exception as failure:
-                self._fail((c.sequence for c in together), f"prefill module of {model.name!r}", failure)
-                continue
-            row = 0
-            for chunk in together:
-                row += chunk.length
-                self.workspace.scheduler.chunk_done(chunk)
-                sequence = chunk.sequence
-                if sequence.awaits_prefill_logits and sequence.state == "decoding":
-                    first.append((sequence, hidden[row - 1]))
-            self.counters.prefill_tokens += row
+        row = 0
+        for chunk in chunks:
+            row += chunk.length
+            self.workspace.scheduler.chunk_done(chunk)
+            sequence = chunk.sequence
+            if hidden is not None and sequence.awaits_prefill_logits and sequence.state == "decoding":
+                first.append((sequence, hidden[row - 1]))
+        self.counters.prefill_tokens += row
         return first
 
-    def _rebuild(self, chunks: Iterable[Chunk]) -> None:
+    def _rebuild(self, chunks: Items[Chunk]) -> None:
         """Compute response positions that a preemption has lost, by the decode module's stack."""
-        chunks = [chunk for chunk in chunks if chunk.sequence.state != "finished"]
-        if not chunks:
-            return
         try:
             self.workspace.runner.rebuild(chunks)
         except Exception as failure:
@@ -219,9 +258,11 @@ class StepExecutor:
         members = () if launched.decode is None else launched.decode.members
         started = time.perf_counter()
         try:
-            tokens = [] if launched.decode is None else launched.decode.tokens()
+            tokens = launched.tokens()
         except Exception as failure:
             sequences = [*(sequence for sequence, _ in members), *launched.first]
+            if launched.decode is None:
+                sequences += launched.read
             self._fail(sequences, "sampling, or the forward pass before it,", failure)
             return
         finally:

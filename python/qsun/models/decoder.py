@@ -7,11 +7,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from qsun.core import DecodeAttention, ForwardContext
+from qsun.core import DecodeAttention, ForwardContext, PrefillAttention
 from qsun.kv_cache.tensors import KVCache, LayerKV
 from qsun.layers.attention import Attention
 from qsun.layers.mlp import GatedMLP
 from qsun.layers.norm import RMSNorm
+from qsun.layers.prefill_attention import plan_prefill_attention
 from qsun.models.config import ModelConfig
 from qsun_kernels import plan_paged_attention
 
@@ -74,18 +75,37 @@ class DecoderStack:
 
         Writes the keys and values of the T tokens to `kv_cache` at ctx.slot_mapping in every layer.
         """
-        if isinstance(ctx.attention, DecodeAttention):
-            ctx = replace(ctx, attention=self._planned(ctx.attention, hidden, kv_cache))
+        normed, _ = self._through(self.layers, hidden, self._with_plans(ctx, hidden, kv_cache), kv_cache)
+        return normed
+
+    __call__ = forward
+
+    def write_kv(self, hidden: Tensor, ctx: ForwardContext, kv_cache: KVCache) -> None:
+        """What `forward` writes, without what only its result needs: the last layer ends with its write."""
+        *layers, last = self.layers
+        ctx = self._with_plans(ctx, hidden, kv_cache)
+        normed, ctx = self._through(layers, hidden, ctx, kv_cache)
+        last.attention.write_kv(normed, ctx, kv_cache.layer(len(layers)), self.cos_sin)
+
+    def _through(
+        self, layers: Sequence[DecoderLayer], hidden: Tensor, ctx: ForwardContext, kv_cache: KVCache
+    ) -> tuple[Tensor, ForwardContext]:
+        """The input of what follows the first `layers`, and the context for it."""
         norms = [layer.attention_norm for layer in self.layers] + [self.norm]
         normed, stream = norms[0](hidden), hidden
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(layers):
             kv = kv_cache.layer(index)
             normed, stream = layer(normed, stream, ctx, kv, self.cos_sin, norms[index + 1])
             if not ctx.settled:
                 ctx = replace(ctx, settled=True)
-        return normed
+        return normed, ctx
 
-    __call__ = forward
+    def _with_plans(self, ctx: ForwardContext, hidden: Tensor, kv_cache: KVCache) -> ForwardContext:
+        if isinstance(ctx.attention, DecodeAttention):
+            return replace(ctx, attention=self._planned(ctx.attention, hidden, kv_cache))
+        if ctx.attention.chunks:
+            return replace(ctx, attention=self._prefill_planned(ctx.attention, hidden, kv_cache))
+        return ctx
 
     def _planned(self, attention: DecodeAttention, hidden: Tensor, kv_cache: KVCache) -> DecodeAttention:
         """With a plan for each window that layers have: lengths and blocks are the same in every layer."""
@@ -101,6 +121,26 @@ class DecoderStack:
                 kv_dtype=kv_cache.dtype,
                 window=window,
                 block_table=attention.block_table if attention.shares_prefixes else None,
+            )
+            for window in dict.fromkeys(config.windows)
+        }
+        return replace(attention, plans=plans)
+
+    def _prefill_planned(
+        self, attention: PrefillAttention, hidden: Tensor, kv_cache: KVCache
+    ) -> PrefillAttention:
+        """The same for prompt chunks: what is gathered and who sees whom."""
+        config = self.config
+        plans = {
+            window: plan_prefill_attention(
+                attention.chunks,
+                num_q_heads=config.num_q_heads,
+                num_kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                block_size=kv_cache.block_size,
+                window=window,
+                dtype=hidden.dtype,
+                device=hidden.device,
             )
             for window in dict.fromkeys(config.windows)
         }

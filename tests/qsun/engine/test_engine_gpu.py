@@ -135,6 +135,28 @@ def test_launching_ahead_never_waits_for_the_device(make_gpu_engine, monkeypatch
     assert sum(ahead) > 15
 
 
+def test_chunks_are_begun_without_waiting_for_the_device(make_gpu_engine, monkeypatch) -> None:
+    """As above, for prompts that are read while others decode."""
+    begun = []
+    right = StepExecutor._begin
+
+    def watched(self):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            chunks = right(self)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        begun.append(len(chunks))
+        return chunks
+
+    monkeypatch.setattr(StepExecutor, "_begin", watched)
+    engine = make_gpu_engine(cuda_graphs="on", dtype=torch.bfloat16, prefill_chunk=8)
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    told = engine.generate([[i + 1] * 40 for i in range(6)], model=[*TASKS, *TASKS], params=params)
+    assert [c.error for c in told] == [None] * 6 and {len(c.token_ids) for c in told} == {30}
+    assert sum(begun) > 20
+
+
 def test_the_device_does_not_wait_for_the_host(make_gpu_engine, monkeypatch) -> None:
     """With a slow step, the next one is on the stream before the first has ended."""
     running: list[bool] = []

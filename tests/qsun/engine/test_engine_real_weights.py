@@ -30,6 +30,7 @@ from qsun.engine.options import EngineOptions
 from qsun.engine.statistics import EngineStats
 from qsun.kv_cache.tensors import KVCache
 from qsun.layers.linear import Linear, QuantLinear
+from qsun.layers.mlp import GateUpSilu
 from qsun.modules.decode import DecodeModule, load_decode_module
 from qsun.modules.prefill import PrefillModule, load_prefill_module
 from qsun_kernels import QuantSpec, dequantize
@@ -274,11 +275,11 @@ def recorded_logits(engine: DecodeEngine, prompts: list[list[int]]) -> list[list
     decode = runner.decode
 
     def decode_and_record(sequences):
-        logits = decode(sequences)
-        for sequence, row in zip(sequences, logits, strict=True):
+        step = decode(sequences)
+        for sequence, row in step.members:
             if sequence.request.prompt_token_ids in rows:
-                rows[sequence.request.prompt_token_ids].append(row.clone())
-        return logits
+                rows[sequence.request.prompt_token_ids].append(step.logits[row].float().clone())
+        return step
 
     runner.decode = decode_and_record
     return list(rows.values())
@@ -407,8 +408,8 @@ def test_the_tie_rule_tells_ties_from_errors(plain_run) -> None:
 def test_the_decode_module_holds_the_rounded_weights(quantised, dequantised) -> None:
     """Bit for bit, each projection at its place in the matrices that the engine made of several."""
 
-    def held(linear: Linear) -> Tensor:
-        assert isinstance(linear, QuantLinear) and linear.weight.layout == "torch.dense"
+    def held(linear: Linear | GateUpSilu) -> Tensor:
+        assert isinstance(linear, (QuantLinear, GateUpSilu)) and linear.weight.layout == "torch.dense"
         return linear.weight.tensors[0]
 
     config = quantised.config

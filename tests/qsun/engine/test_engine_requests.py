@@ -297,7 +297,7 @@ def test_stats_count_what_happened(make_engine) -> None:
     empty = engine.stats()
     assert empty.blocks == 0 and empty.bytes_read_per_token == 0 and empty.mean_batch == 0
     params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
-    engine.generate([[1] * 9, [2] * 5], model=["poet", "cook"], params=params)
+    engine.generate([[1] * 9, [2] * 5], model="poet", params=params)
     stats = engine.stats()
     assert (stats.prompt_tokens, stats.prefill_tokens, stats.output_tokens) == (14, 12, 6)
     assert (stats.decode_steps, stats.decode_tokens, stats.finished, stats.mean_batch) == (3, 6, 2, 2.0)

@@ -149,15 +149,22 @@ class Driver:
         oldest = next(iter(self.scheduler.live.values()))
         before = (len(oldest.tokens), oldest.num_computed)
         again = self.ahead()
-        batch = self.scheduler.schedule()
+        begun = [] if again is not None or self.random.random() < 0.5 else self.scheduler.next_chunks()
+        for chunk in begun:
+            self.run_chunk(chunk)
+        self.counts["begun"] += bool(begun)
+        batch = self.scheduler.schedule(begun=bool(begun))
         if again is not None:
             assert not batch.prefill and not batch.rebuild and list(batch.decode) == again
         for lost in self.scheduler.ended():
             assert lost.given and lost.error.startswith("MissingKV") and lost.request_id in lost.error
             self.counts["lost"] += 1
-        assert sum(chunk.length for chunk in batch.prefill + batch.rebuild) <= self.token_budget
+        new = batch.prefill + batch.rebuild
+        assert not (begun and new), "a step of two passes over prompts"
+        assert sum(chunk.length for chunk in [*begun, *new]) <= self.token_budget
+        assert len({chunk.module for chunk in [*begun, *new]}) <= 1
         assert len(batch.decode) <= self.max_batch_size
-        for chunk in batch.prefill + batch.rebuild:
+        for chunk in new:
             self.run_chunk(chunk)
         for chunk in batch.prefill:
             sequence = chunk.sequence
@@ -260,6 +267,7 @@ def test_random_traffic_keeps_every_rule(shape) -> None:
     driver.drain(20 * 14 * 12)
     assert driver.counts["prefix"] > 100, "no prefix was ever shared"
     assert driver.counts["ahead"] > 100 and driver.counts["ahead of a queue"] > 20
+    assert driver.counts["begun"] > 50
     if room < 100:
         assert driver.scheduler.num_rebuilds > 20, "nothing was ever rebuilt"
         assert not driver.swap_blocks or driver.scheduler.num_swaps > 20, "nothing was ever swapped"
@@ -544,16 +552,82 @@ def test_absurd_limits_are_refused(name: str) -> None:
         small_driver(**{name: 0})
 
 
+def cuts(chunks) -> list[tuple[Sequence, int, int]]:
+    return [(chunk.sequence, chunk.start, chunk.length) for chunk in chunks]
+
+
 def test_chunks_stay_within_the_budget_and_the_oldest_goes_first() -> None:
     driver = small_driver(num_blocks=32, token_budget=5)
     first = driver.submit("alpha", [0] * 8, 2)
-    second = driver.submit("beta", [1] * 8, 2)
+    second = driver.submit("alpha", [1] * 8, 2)
     batch = driver.scheduler.schedule()
-    assert [(c.sequence, c.start, c.length) for c in batch.prefill] == [(first, 0, 5)] and not batch.decode
+    assert cuts(batch.prefill) == [(first, 0, 5)] and not batch.decode
     driver.run_chunk(batch.prefill[0])
     batch = driver.scheduler.schedule()
-    assert [(c.sequence, c.start, c.length) for c in batch.prefill] == [(first, 5, 2), (second, 0, 3)]
+    assert cuts(batch.prefill) == [(first, 5, 2), (second, 0, 3)]
     assert batch.decode == (first,)
+
+
+def test_a_step_reads_prompts_of_one_model_that_of_the_oldest() -> None:
+    """With a chunk each, three models' weights would be read in a step, and it would last three times."""
+    driver = small_driver(num_blocks=64, token_budget=12, max_batch_size=8)
+    a = [driver.submit("alpha", [0] * 6, 9)]
+    b = [driver.submit("beta", [0] * 6, 9)]
+    a.append(driver.submit("alpha", [1] * 6, 9))
+    c = driver.submit("gamma", [0] * 4, 9)
+    b.append(driver.submit("beta", [1] * 12, 9))
+    a.append(driver.submit("alpha", [1, 0] * 3, 9))
+    steps = []
+    for _ in range(4):
+        batch = driver.scheduler.schedule()
+        for chunk in batch.prefill:
+            driver.run_chunk(chunk)
+        steps.append((cuts(batch.prefill), batch.decode))
+    # Sequences of the model behind the oldest fill its budget, though others have waited longer than they.
+    assert steps[0] == ([(a[0], 0, 5), (a[1], 0, 5), (a[2], 0, 2)], (a[0], a[1]))
+    assert steps[1] == ([(b[0], 0, 5), (b[1], 0, 7)], (a[0], b[0], a[1]))
+    assert steps[2] == ([(c, 0, 3)], (a[0], b[0], a[1], c))
+    assert steps[3] == ([(b[1], 7, 4)], (a[0], b[0], a[1], c, b[1]))
+
+
+def test_a_rebuilt_response_is_another_module_than_its_prompt() -> None:
+    driver = small_driver(num_blocks=32)
+    driver.tables.prefix_reuse = False
+    sequence = driver.submit("alpha", [0, 1, 0], 9)
+    other = driver.submit("alpha", [1, 1, 1, 1], 9)
+    for _ in range(3):
+        driver.step()
+    assert driver.scheduler._preempt(sequence)
+    batch = driver.scheduler.schedule()
+    assert cuts(batch.prefill) == [(sequence, 0, 2)] and not batch.rebuild and batch.decode == (other,)
+    driver.run_chunk(batch.prefill[0])
+    batch = driver.scheduler.schedule()
+    assert cuts(batch.rebuild) == [(sequence, 2, 3)] and not batch.prefill
+    assert batch.decode == (sequence, other)
+
+
+def test_chunks_that_no_token_can_change_are_known_before_the_step_is_planned() -> None:
+    driver = small_driver(num_blocks=32, token_budget=5)
+    first = driver.submit("alpha", [0] * 8, 2)
+    second = driver.submit("alpha", [1] * 8, 2)
+    assert driver.scheduler.next_chunks() == [], "who has no blocks has to be admitted first"
+    driver.run_chunk(driver.scheduler.schedule().prefill[0])
+    begun = driver.scheduler.next_chunks()
+    assert cuts(begun) == [(first, 5, 2), (second, 0, 3)]
+    for chunk in begun:
+        driver.run_chunk(chunk)
+    late = driver.submit("alpha", [0, 1], 2)
+    batch = driver.scheduler.schedule(begun=True)
+    assert not batch.prefill and batch.decode == (first,) and late.state == "prefilling"
+
+
+def test_the_chunk_whose_logits_give_the_first_token_waits_for_the_plan() -> None:
+    driver = small_driver(num_blocks=32, token_budget=5)
+    driver.submit("alpha", [0] * 8, 2, "prefill")
+    driver.submit("alpha", [1] * 8, 2)
+    driver.run_chunk(driver.scheduler.schedule().prefill[0])
+    assert driver.scheduler.next_chunks() == []
+    driver.drain(20)
 
 
 def test_admission_takes_nothing_when_the_pool_runs_short() -> None:

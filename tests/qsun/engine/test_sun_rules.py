@@ -145,6 +145,8 @@ class BrokenStack:
     def forward(self, hidden, ctx, kv_cache):
         raise RuntimeError("out of paper")
 
+    write_kv = forward
+
 
 class PoisonedStack:
     """A prefill stack whose KV comes out as not-a-number."""
@@ -152,11 +154,10 @@ class PoisonedStack:
     def __init__(self, stack) -> None:
         self.stack = stack
 
-    def forward(self, hidden, ctx, kv_cache):
-        out = self.stack.forward(hidden, ctx, kv_cache)
+    def write_kv(self, hidden, ctx, kv_cache):
+        self.stack.write_kv(hidden, ctx, kv_cache)
         for chunk in ctx.attention.chunks:
             kv_cache.layers[-1][1][chunk.block_ids] = float("nan")
-        return out
 
 
 def with_stack(engine: DecodeEngine, name: str, stack) -> None:

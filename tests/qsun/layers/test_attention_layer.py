@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qsun.core import DecodeAttention, ForwardContext, PrefillAttention, PrefillChunk
+from qsun.core import DecodeAttention, ForwardContext, PrefillAttention, PrefillChunk, PrefillPlan
 from qsun.kv_cache.tensors import LayerKV
 from qsun.layers import attention as attention_layer
+from qsun.layers import prefill_attention
 from qsun.layers.attention import Attention
 from qsun.layers.linear import DenseLinear
 from qsun.layers.norm import RMSNorm
@@ -105,6 +106,93 @@ def test_chunks_and_steps_equal_attention_written_out(heads, window, norms):
     torch.testing.assert_close(torch.cat(got).double(), written_out(layer, x), rtol=1e-4, atol=1e-5)
 
 
+def packed_attention(
+    q, k, v, q_starts, k_starts, max_q, max_k, dropout, causal, debug, *, scale, seqused_k, **window
+):
+    """torch's FlashAttention for packed sequences, as its documentation puts it, sequence by sequence."""
+    assert (dropout, causal, debug, window["window_size_right"]) == (0.0, True, False, 0)
+    assert q.stride(2) == k.stride(2) == v.stride(2) == 1
+    out = torch.full_like(q, torch.nan)
+    assert q_starts.dtype == k_starts.dtype == seqused_k.dtype == torch.int32
+    assert len(q_starts) == len(k_starts) == len(seqused_k) + 1 and seqused_k.is_contiguous()
+    for i, length in enumerate(seqused_k.tolist()):
+        of_q = slice(int(q_starts[i]), int(q_starts[i + 1]))
+        of_k = slice(int(k_starts[i]), int(k_starts[i]) + length)
+        rows = of_q.stop - of_q.start
+        assert rows <= max_q and length <= max_k and of_k.stop <= int(k_starts[i + 1])
+        # The last query stands opposite the last key.
+        distance = torch.arange(rows)[:, None] + length - rows - torch.arange(length)[None, :]
+        visible = distance >= 0
+        if window["window_size_left"] >= 0:
+            visible &= distance <= window["window_size_left"]
+        group = q.shape[1] // k.shape[1]
+        keys, values = (x[of_k].repeat_interleave(group, 1).double() for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[of_q].double(), keys) * scale
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+        out[of_q] = torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
+    return out, None, None, None, None
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["a-chunk-at-a-time", "packed"])
+@pytest.mark.parametrize("window", [None, 1, 5, 9, 40])
+@pytest.mark.parametrize("heads", [(4, 2), (5, 1)], ids=str)
+def test_chunks_of_several_sequences_in_one_pass(monkeypatch, heads, window, packed) -> None:
+    """Chunks with and without a context, of lengths that no block divides, beside not-a-number."""
+    calls = []
+    if packed:
+        monkeypatch.setattr(prefill_attention, "_runs_flash", lambda *_: True)
+        monkeypatch.setattr(
+            torch.ops.aten,
+            "_flash_attention_forward",
+            lambda *a, **k: calls.append(a[0].shape[0]) or packed_attention(*a, **k),
+        )
+    layer = make(heads, window, norms=False)
+    kv = LayerKV(*(torch.full((20, heads[1], 4, D), torch.nan) for _ in range(2)))
+    tables = [torch.tensor([7, 2, 9, 0]), torch.tensor([4, 1, 11, 3]), torch.tensor([19, 5, 8, 6])]
+    lengths, done = [11, 14, 3], [0, 0, 0]
+    xs = [random(length, HIDDEN, seed=10 + i) for i, length in enumerate(lengths)]
+    got: list[list[torch.Tensor]] = [[], [], []]
+    for step in ([(0, 5), (1, 9)], [(0, 1), (1, 1), (2, 3)], [(0, 5), (1, 4)]):
+        chunks, positions, slots, start = [], [], [], 0
+        for sequence, length in step:
+            first = done[sequence]
+            where = torch.arange(first, first + length)
+            table = tables[sequence]
+            chunks.append(PrefillChunk(start, length, first, table[: -(-(first + length) // 4)]))
+            positions.append(where)
+            slots.append(table[where // 4] * 4 + where % 4)
+            start += length
+            done[sequence] += length
+        x = torch.cat([xs[s][done[s] - length : done[s]] for s, length in step])
+        ctx = ForwardContext(torch.cat(positions), torch.cat(slots), PrefillAttention(tuple(chunks)))
+        out = layer(x, ctx, kv, COS_SIN).split([length for _, length in step])
+        for (sequence, _), rows in zip(step, out, strict=True):
+            got[sequence].append(rows)
+    assert done == lengths and calls == ([14, 5, 9] if packed else [])
+    for rows, x in zip(got, xs, strict=True):
+        torch.testing.assert_close(torch.cat(rows).double(), written_out(layer, x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_window_that_hides_nothing_costs_nothing() -> None:
+    def plan(context: int) -> PrefillPlan:
+        chunk = PrefillChunk(0, 5, context, torch.tensor([2, 0, 1, 3]))
+        return prefill_attention.plan_prefill_attention(
+            [chunk],
+            num_q_heads=4,
+            num_kv_heads=2,
+            head_dim=D,
+            block_size=4,
+            window=8,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
+
+    assert (plan(3).window, plan(4).window) == (None, 8)
+    assert plan(3).k_lengths == (8,) and plan(10).k_lengths == (12,)
+    # Positions 4 to 15: the first block is not even read.
+    assert plan(11).runs.tolist() == [0, 2, 6, 1, 3, 7] and plan(11).k_starts == (0,)
+
+
 def test_a_cache_in_another_dtype_than_the_activations():
     """KV kept in 16 bits under float32 activations: read back as it was rounded, on both paths."""
     layer = make((4, 2), None, norms=False)
@@ -157,13 +245,13 @@ def test_nothing_is_launched_between_the_write_and_the_attention_that_follows_it
 def test_no_plan_is_compiled_for_a_prompts_length(monkeypatch) -> None:
     """cuDNN's attention compiles for every new length: it is not asked, and stays as it was for others."""
     asked = []
-    attend = attention_layer.functional.scaled_dot_product_attention
+    attend = prefill_attention.functional.scaled_dot_product_attention
 
     def spy(*arguments, **options):
         asked.append(torch.backends.cuda.cudnn_sdp_enabled())
         return attend(*arguments, **options)
 
-    monkeypatch.setattr(attention_layer.functional, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(prefill_attention.functional, "scaled_dot_product_attention", spy)
     layer = make((4, 2), None, norms=False)
     kv = LayerKV(*(torch.zeros(3, 2, 4, D) for _ in range(2)))
     chunk = PrefillChunk(0, 5, 0, torch.tensor([2, 0]))

@@ -8,6 +8,8 @@ import torch
 from qsun.core import DecodeAttention, ForwardContext, PrefillAttention, PrefillChunk
 from qsun.kv_cache.tensors import KVCache
 from qsun.layers import attention as attention_layer
+from qsun.layers.linear import DenseLinear
+from qsun.models.decoder import DecoderStack
 from qsun.modules.decode import load_decode_module
 from qsun_kernels import write_kv_cache
 
@@ -141,6 +143,42 @@ def test_two_sequences_in_one_prefill_see_only_themselves(tiny, paged):
     ctx = ForwardContext(positions, slots, PrefillAttention(chunks))
     got = decode.logits(decode.stack(decode.embed(torch.tensor(first + second)), ctx, cache))
     torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "mistral"])
+def test_keys_and_values_alone_are_those_of_the_whole_pass(tiny, paged, kind, monkeypatch):
+    """Bit for bit, in two chunks; the last layer computes nothing that they do not need."""
+    decode = load_decode_module(tiny(kind).path, dtype=torch.float32, device="cpu")
+    whole, alone = paged(decode), paged(decode)
+    ids = list(range(5, 26))
+    for part in (ids[:9], ids[9:]):
+        whole.prefill(part)
+    ended: list[int] = []
+    right = DenseLinear.end_block
+
+    def watched(self, x, stream, norm):
+        ended.append(1)
+        return right(self, x, stream, norm)
+
+    monkeypatch.setattr(DenseLinear, "end_block", watched)
+    monkeypatch.setattr(decode.stack, "__class__", KeysAndValues)
+    for part in (ids[:9], ids[9:]):
+        alone.prefill(part)
+    assert len(ended) == 2 * 2 * (decode.config.num_layers - 1)
+    for mine, theirs in zip(alone.cache.layers, whole.cache.layers, strict=True):
+        for got, expected in zip(mine, theirs, strict=True):
+            assert torch.equal(got.isnan(), expected.isnan())
+            assert torch.equal(got.nan_to_num(), expected.nan_to_num())
+
+
+class KeysAndValues(DecoderStack):
+    """A stack that is asked for nothing else."""
+
+    __slots__ = ()
+
+    def __call__(self, hidden, ctx, kv_cache):
+        self.write_kv(hidden, ctx, kv_cache)
+        return torch.zeros_like(hidden)
 
 
 def test_empty_batch(tiny):
