@@ -29,13 +29,16 @@ _ARMS = {
     "full-awq4": "full fine-tuning, then AWQ to 4 bits",
     "qsun-ptq4": "SUN module, decoder of 4 bits",
     "qsun4": "QSUN: trained against 4 bits",
+    "qsun4-gptq": "QSUN: trained against 4 bits by GPTQ",
     "qsun4-lora": "QSUN, pairs, 4 bits",
     "full-awq3": "full fine-tuning, then AWQ to 3 bits",
     "qsun-ptq3": "SUN module, decoder of 3 bits",
     "qsun3": "QSUN: trained against 3 bits",
+    "qsun3-gptq": "QSUN: trained against 3 bits by GPTQ",
     "full-awq2": "full fine-tuning, then AWQ to 2 bits",
     "qsun-ptq2": "SUN module, decoder of 2 bits",
     "qsun2": "QSUN: trained against 2 bits",
+    "qsun2-gptq": "QSUN: trained against 2 bits by GPTQ",
 }
 
 

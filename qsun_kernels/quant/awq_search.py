@@ -39,7 +39,7 @@ from torch import Tensor
 from qsun_kernels.quant.calibration import InputStatistics
 from qsun_kernels.quant.folding import DECODER_LAYER, LinearGroup, fold_scales, require_tensor
 from qsun_kernels.quant.packed import PackedWeight
-from qsun_kernels.quant.rtn import fake_quantize, quantize_rtn
+from qsun_kernels.quant.rtn import fake_quantize, quantize_rtn, stored_scale_dtype
 from qsun_kernels.quant.spec import QuantSpec
 
 ScaleFamily = Literal["activation", "activation_over_weight"]
@@ -208,7 +208,7 @@ def _output_error(
 def _stored_dtype(weight: Tensor, scale_dtype: torch.dtype | None) -> torch.dtype:
     if scale_dtype is not None:
         return scale_dtype
-    return torch.float32 if weight.dtype == torch.float64 else weight.dtype
+    return stored_scale_dtype(weight)
 
 
 @torch.no_grad()

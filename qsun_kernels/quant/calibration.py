@@ -44,16 +44,8 @@ class InputStatistics:
 
     def update(self, x: Tensor) -> None:
         """Take in activations x, float (..., K). Raises ValueError for another width, NaN or infinity."""
-        if x.dim() < 1 or x.shape[-1] != self.K:
-            raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., {self.K})")
-        rows = x.detach().reshape(-1, self.K).to(self._rows.device, torch.float32)
-        sums = rows.abs().sum(dim=0, dtype=torch.float64)
-        if not bool(sums.isfinite().all()):
-            channel = int((~sums.isfinite()).nonzero()[0])
-            raise ValueError(
-                f"x has a NaN or infinite value in channel {channel}, expected finite activations"
-            )
-        self._sum_abs += sums
+        rows = _rows(x, self.K, self._rows.device)
+        self._sum_abs += rows.abs().sum(dim=0, dtype=torch.float64)
         self.count += rows.shape[0]
         uniform = 1 - torch.rand(rows.shape[0], dtype=torch.float64, generator=self._generator)
         masses = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
@@ -78,7 +70,7 @@ class InputStatistics:
     @property
     def mean_abs(self) -> Tensor:
         """Mean magnitude of each channel, float32 (K,). Raises ValueError before the first row."""
-        self._require_rows()
+        _require_rows(self.count)
         return (self._sum_abs / self.count).float()
 
     @property
@@ -88,10 +80,54 @@ class InputStatistics:
         While no row was dropped these are all rows that are not zero, as they are. Raises ValueError before
         the first row.
         """
-        self._require_rows()
+        _require_rows(self.count)
         share = (self._dropped_priority / self._masses).clamp(min=1).sqrt()
         return self._rows * share.float().unsqueeze(1)
 
-    def _require_rows(self) -> None:
-        if self.count == 0:
-            raise ValueError("no calibration activations were given, expected at least one row in update()")
+
+class InputGram:
+    """The Gram matrix X.T X of the rows of all `update` calls: how the input channels go together.
+
+    K: input channels. device: where the matrix lives, float64 (K, K); every row counts, none is sampled.
+    """
+
+    def __init__(self, K: int, *, device: torch.device | str = "cpu") -> None:
+        if K < 1:
+            raise ValueError(f"K is {K}, expected at least 1")
+        self.K = K
+        self.count = 0
+        self._sum = torch.zeros(K, K, dtype=torch.float64, device=device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the matrix is."""
+        return self._sum.device
+
+    def update(self, x: Tensor) -> None:
+        """Take in activations x, float (..., K). Raises ValueError for another width, NaN or infinity."""
+        rows = _rows(x, self.K, self._sum.device)
+        self._sum += rows.t() @ rows
+        self.count += rows.shape[0]
+
+    @property
+    def matrix(self) -> Tensor:
+        """X.T X, float64 (K, K). Raises ValueError before the first row."""
+        _require_rows(self.count)
+        return self._sum
+
+
+def _rows(x: Tensor, K: int, device: torch.device) -> Tensor:
+    """x as float32 (rows, K) on a device; ValueError for another width, NaN or infinity."""
+    if x.dim() < 1 or x.shape[-1] != K:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., {K})")
+    rows = x.detach().reshape(-1, K).to(device, torch.float32)
+    sums = rows.abs().sum(dim=0, dtype=torch.float64)
+    if not bool(sums.isfinite().all()):
+        channel = int((~sums.isfinite()).nonzero()[0])
+        raise ValueError(f"x has a NaN or infinite value in channel {channel}, expected finite activations")
+    return rows
+
+
+def _require_rows(count: int) -> None:
+    if count == 0:
+        raise ValueError("no calibration activations were given, expected at least one row in update()")

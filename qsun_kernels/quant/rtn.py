@@ -119,6 +119,11 @@ def fake_quantize(
     return out
 
 
+def stored_scale_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of scales where none was asked for: that of the weight, float32 for float64."""
+    return torch.float32 if weight.dtype == torch.float64 else weight.dtype
+
+
 def _check(
     weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype | None, range_ratio: Tensor | None
 ) -> torch.dtype:
@@ -128,7 +133,7 @@ def _check(
     if weight.dim() != 2 or weight.numel() == 0:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (N, K) with N and K at least 1")
     if scale_dtype is None:
-        scale_dtype = torch.float32 if weight.dtype == torch.float64 else weight.dtype
+        scale_dtype = stored_scale_dtype(weight)
     if scale_dtype not in SCALE_DTYPES:
         raise TypeError(f"scale_dtype is {scale_dtype}, expected one of {SCALE_DTYPES}")
     if range_ratio is not None:

@@ -13,6 +13,7 @@ from qsun.cli.train import add_train_options
 from qsun.cli.values import (
     KV_CACHE_DTYPES,
     KV_CACHE_HELP,
+    QUANTIZERS,
     group_size,
     name_and_path,
     name_and_text,
@@ -97,9 +98,12 @@ def build_parser() -> argparse.ArgumentParser:
     quantize = commands.add_parser("quantize", help="write a low-bit copy of a checkpoint", **how)
     quantize.add_argument("model", metavar="MODEL", help="checkpoint folder or GGUF file")
     quantize.add_argument("out", type=Path, metavar="OUT", help="folder to make; it must not hold anything")
-    quantize.add_argument("--method", choices=("rtn", "awq"), default="rtn")
+    quantize.add_argument("--method", choices=QUANTIZERS, default="rtn")
     quantize.add_argument(
-        "--calibration", type=Path, metavar="FILE", help="text for awq: .txt, or .jsonl with a text a line"
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="text for awq and gptq: .txt, or .jsonl with a text a line",
     )
     quantize.add_argument("--bits", type=int, choices=(2, 3, 4, 8), default=4, help="of the weights (4)")
     _quantisation_options(quantize)

@@ -13,6 +13,7 @@ from typing import Any
 from qsun.cli import exits
 from qsun.cli.exits import UsageError
 from qsun.cli.loading import device_of, dtype_of, progress_bar
+from qsun.cli.values import check_calibration
 from qsun.errors import CheckpointError
 
 # What a search sees: enough for its statistics, and minutes rather than hours on one CPU.
@@ -26,11 +27,7 @@ def quantize(arguments: argparse.Namespace) -> int:
     from qsun.engine.sources import local_checkpoint
     from qsun.modules.export import export_quantized
 
-    if (arguments.method == "awq") != (arguments.calibration is not None):
-        raise UsageError(
-            f"--method {arguments.method}: got --calibration {arguments.calibration}, "
-            "expected a file for awq and none for rtn"
-        )
+    check_calibration("--method", arguments.method, arguments.calibration)
     out: Path = arguments.out
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UsageError(f"{out} exists already, expected a new or empty folder")

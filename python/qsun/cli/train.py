@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from qsun.cli import exits
 from qsun.cli.exits import UsageError
 from qsun.cli.loading import config_of, device_of, dtype_of
-from qsun.cli.values import group_size
+from qsun.cli.values import QUANTIZERS, check_calibration, group_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,8 +70,10 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         "--group-size", type=group_size, metavar="N", help="auto, 32, 64, 128 or channel (auto)"
     )
     decoder.add_argument("--asymmetric", action="store_true", help="store a zero point for each group")
-    decoder.add_argument("--quantizer", choices=("rtn", "awq"), default="rtn")
-    decoder.add_argument("--calibration", type=Path, metavar="FILE", help="text for awq, as for quantize")
+    decoder.add_argument("--quantizer", choices=QUANTIZERS, default="rtn")
+    decoder.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="text for awq and gptq, as for quantize"
+    )
     data = parser.add_argument_group("data")
     data.add_argument("--max-length", type=int, default=2048, help="longest example, in tokens (2048)")
     data.add_argument("--on-long", choices=("drop", "truncate"), default="drop", help="(drop)")
@@ -190,11 +192,7 @@ def _options(arguments: argparse.Namespace, calibration: Any) -> TrainOptions:
     from qsun.training.loss import Distillation
     from qsun.training.options import TrainOptions
 
-    if (arguments.quantizer == "awq") != (arguments.calibration is not None):
-        raise UsageError(
-            f"--quantizer {arguments.quantizer}: got --calibration {arguments.calibration}, "
-            "expected a file for awq and none for rtn"
-        )
+    check_calibration("--quantizer", arguments.quantizer, arguments.calibration)
     if arguments.lora is None and (arguments.lora_alpha is not None or arguments.lora_targets):
         raise UsageError("--lora-alpha, --lora-targets: got them without --lora, expected it with them")
     distillation = {

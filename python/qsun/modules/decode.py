@@ -147,7 +147,8 @@ def load_decode_module(
     dtype: of activations and of all that is not quantised: float32, float16, bfloat16, by dtype or by name,
         or "auto" for the checkpoint's own (bfloat16 when it states none).
     device: "cuda" when there is one, else "cpu", by default.  backend: of the low-bit weights.
-    quantizer: "rtn" rounds to nearest; "awq" searches scales on `calibration`, sequences of token ids.
+    quantizer: "rtn" rounds to nearest.  Two look at the activations of `calibration`, sequences of token ids:
+        "awq" searches scales for input channels, "gptq" lets each column make up for those rounded before it.
     lm_head_bits: 8 or 4 rounds the lm_head to nearest, symmetric, in the largest groups that divide its
         rows; 16 keeps it.  An embedding that is tied to it stays as it is, beside it.
     progress: called with (layers done, layers in all, what is being done).

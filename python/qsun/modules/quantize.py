@@ -17,12 +17,17 @@ from qsun.models.build import Placement
 from qsun.models.config import ModelConfig
 from qsun.models.weights import LayerWeights, Projection
 from qsun.modules.awq import AwqCalibration
+from qsun.modules.calibration import CalibrationRun
+from qsun.modules.gptq import GptqCalibration
 from qsun_kernels import QuantSpec
 from qsun_kernels.quant import Bits, GroupSize, quantize_rtn
 
-Quantizer = Literal["rtn", "awq"]
+Quantizer = Literal["rtn", "awq", "gptq"]
 
 QUANTIZERS: tuple[Quantizer, ...] = get_args(Quantizer)
+
+CALIBRATED: tuple[Quantizer, ...] = ("awq", "gptq")
+"""Quantisers that look at the activations of a calibration set."""
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 """Called as progress(done, total, what) after each step of a long piece of work."""
@@ -38,7 +43,7 @@ DENSE_BITS = 16
 class QuantizationPlan:
     """How 16-bit weights are to be quantised.
 
-    calibration: sequences of token ids whose activations guide "awq"; empty for "rtn".
+    calibration: sequences of token ids whose activations guide `CALIBRATED` quantisers; empty for "rtn".
     """
 
     spec: QuantSpec
@@ -88,8 +93,8 @@ def plan_quantization(
     if bits is None or bits == DENSE_BITS:
         return None
     tokens = tuple(tuple(sequence) for sequence in calibration or ())
-    if quantizer == "awq":
-        _check_calibration(tokens, reader.config)
+    if quantizer in CALIBRATED:
+        _check_calibration(tokens, reader.config, quantizer)
     elif tokens:
         raise ValueError(
             f"calibration has {len(tokens)} sequences, expected none for quantizer {quantizer!r}"
@@ -111,8 +116,10 @@ def layer_source(
     if plan is None:
         return lambda layer: read_layer(reader, layer, placement.dtype)
     spec = plan.spec
-    if plan.quantizer == "awq":
-        calibration = AwqCalibration(reader.config, placement, plan.calibration, embed_tokens)
+    if plan.quantizer in CALIBRATED:
+        run = CalibrationRun(reader.config, placement, plan.calibration, embed_tokens)
+        kind = AwqCalibration if plan.quantizer == "awq" else GptqCalibration
+        calibration = kind(reader.config, placement, run)
 
         def quantise(layer: int, weights: LayerWeights) -> LayerWeights:
             return calibration.quantize(layer, weights, spec)
@@ -144,10 +151,12 @@ def _round_layer(weights: LayerWeights, spec: QuantSpec, placement: Placement) -
     ).cast(placement.dtype)
 
 
-def _check_calibration(tokens: tuple[tuple[int, ...], ...], config: ModelConfig) -> None:
+def _check_calibration(
+    tokens: tuple[tuple[int, ...], ...], config: ModelConfig, quantizer: Quantizer
+) -> None:
     if not tokens:
         raise ValueError(
-            "calibration is empty, expected at least one sequence of token ids for quantizer 'awq'"
+            f"calibration is empty, expected at least one sequence of token ids for quantizer {quantizer!r}"
         )
     for index, sequence in enumerate(tokens):
         if not 1 <= len(sequence) <= config.max_position_embeddings:

@@ -10,9 +10,10 @@ import torch
 
 from qsun.checkpoint.reader import open_checkpoint
 from qsun.checkpoint.tokenizer import load_tokenizer
-from qsun.cli import exits, main
+from qsun.cli import exits, main, values
 from qsun.cli.quantize import calibration_tokens
 from qsun.errors import CheckpointError
+from qsun.modules.quantize import QUANTIZERS
 
 
 def quantize(source: Path, out: Path, *more: str) -> list[str]:
@@ -47,14 +48,17 @@ def test_a_text_summary(checkpoints, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "method   rtn\n" in out and "4 bits, group 64, with zero points" in out
 
 
-def test_awq_with_a_calibration_file(checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_a_calibration_file(
+    method: str, checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "texts.jsonl"
     rows = ["a plain string", {"text": "a text"}, {"messages": [{"role": "user", "content": "a chat"}]}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ["--method", "awq", "--calibration", str(file), "--group-size", "32", "--json"]
+    options = ["--method", method, "--calibration", str(file), "--group-size", "32", "--json"]
     assert main(quantize(checkpoints.base, tmp_path / "copy", *options)) == exits.OK
     summary = json.loads(capsys.readouterr().out)
-    assert summary["method"] == "awq"
+    assert summary["method"] == method
     # One token a byte: 14 and 6 of the texts, and the chat as the template writes it.
     assert summary["calibration_tokens"] == 14 + 6 + len("user: a chat\n")
 
@@ -63,9 +67,11 @@ def test_awq_with_a_calibration_file(checkpoints, tmp_path: Path, capsys: pytest
     ("options", "says"),
     [
         (["--method", "awq"], "--method awq: got --calibration None, expected a file"),
+        (["--method", "gptq"], "--method gptq: got --calibration None, expected a file"),
+        (["--method", "magic"], "invalid choice: 'magic'"),
         (
             ["--calibration", "x.txt"],
-            "--method rtn: got --calibration x.txt, expected a file for awq and none",
+            "--method rtn: got --calibration x.txt, expected a file for awq and gptq and none",
         ),
         (["--bits", "16"], "invalid choice: 16"),
         (["--group-size", "48"], "got '48', expected auto, 32"),
@@ -81,6 +87,11 @@ def test_usage_errors(
     assert code == exits.USAGE
     assert says in capsys.readouterr().err
     assert not (tmp_path / "copy").exists()
+
+
+def test_the_command_line_knows_every_quantiser() -> None:
+    """It names them without torch, so that --help is quick."""
+    assert values.QUANTIZERS == QUANTIZERS
 
 
 def test_nothing_is_overwritten(checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

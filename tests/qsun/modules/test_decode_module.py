@@ -149,6 +149,7 @@ BAD = [
         "calibration has 1 sequences, expected none for quantizer 'rtn'",
     ),
     ({"bits": 4, "quantizer": "awq"}, ValueError, "calibration is empty, expected at least one sequence"),
+    ({"bits": 4, "quantizer": "gptq"}, ValueError, "calibration is empty, .* for quantizer 'gptq'"),
     (
         {"bits": 4, "quantizer": "awq", "calibration": [[1], []]},
         ValueError,

@@ -40,11 +40,21 @@ def read_with_transformers(path: Path) -> torch.Tensor:
     [
         ("llama", {"bits": 4, "symmetric": True}),
         ("llama", {"bits": 4, "symmetric": False, "quantizer": "awq", "calibration": CALIBRATION}),
+        (
+            "llama",
+            {
+                "bits": 4,
+                "group_size": 32,
+                "symmetric": False,
+                "quantizer": "gptq",
+                "calibration": CALIBRATION,
+            },
+        ),
         ("qwen2", {"bits": 8, "group_size": "channel"}),
         ("qwen3", {"bits": 4, "symmetric": False}),
         ("mistral", {"bits": 8, "symmetric": False, "group_size": 32}),
     ],
-    ids=["llama", "llama awq", "qwen2", "qwen3", "mistral"],
+    ids=["llama", "llama awq", "llama gptq", "qwen2", "qwen3", "mistral"],
 )
 def test_read_back_by_us_and_by_transformers(tiny, paged, tmp_path, kind, arguments):
     pytest.importorskip("compressed_tensors")

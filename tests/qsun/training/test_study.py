@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qsun.checkpoint.reader import open_checkpoint
 from qsun.errors import CheckpointError
 from qsun.evaluation.jsonl_task import JsonlTask
 from qsun.training.study.collect import ArmResult, collect, summarise
@@ -18,6 +19,7 @@ from qsun.training.study.prepare import prepare
 from qsun.training.study.run import Settings, Study, result_name
 from qsun.training.study.statistics import bootstrap_interval, mcnemar, sign_flip
 from qsun.training.study.units import COMPARISONS, UNITS
+from qsun_kernels import QuantSpec
 
 
 def chats(word: str, count: int) -> list[list[dict[str, str]]]:
@@ -45,6 +47,15 @@ def small(bench, tmp_path: Path):
     return StudyFolder.open(tmp_path / "study"), {name: f.task for name, f in families.items()}
 
 
+def quantisation(path: Path) -> QuantSpec:
+    reader = open_checkpoint(path)
+    try:
+        assert reader.quantization is not None
+        return reader.quantization.spec
+    finally:
+        reader.close()
+
+
 def study_of(folder, tmp_path: Path, **more) -> Study:
     # Rates a hundred times those of a real model: this one is tiny and trains for a dozen steps.
     settings = Settings(
@@ -59,7 +70,7 @@ def test_every_unit_runs_and_the_outcome_is_written(small, tmp_path: Path) -> No
     folder, tasks = small
     assert len(folder.weights["model.safetensors"]) > 2
     study = study_of(folder, tmp_path)
-    units = ["base", "full", "sun", "sun-prefill", "qsun3", "lora", "qsun4-lora"]
+    units = ["base", "full", "sun", "sun-prefill", "qsun3", "qsun3-gptq", "lora", "qsun4-lora"]
     assert study.run(["sun", "moon"], units, [0])
     assert {path.name for path in (tmp_path / "results").glob("*.gz")} == {
         result_name(family, unit, 0) for family in ("sun", "moon") for unit in units
@@ -73,6 +84,12 @@ def test_every_unit_runs_and_the_outcome_is_written(small, tmp_path: Path) -> No
     expected = [s.arm for unit in units for s in UNITS[unit].servings]
     assert sorted(arm for family, arm in arms if family == "moon") == sorted(expected)
     assert arms["sun", "sun"]["seeds"] == [0, 1] and arms["moon", "sun"]["seeds"] == [0]
+    # Each way to quantise has a decoder of its own, made once.
+    spec = {place.name: quantisation(place) for place in (tmp_path / "work").glob("base-w3-*")}
+    assert spec == {
+        "base-w3-awq-48": QuantSpec(3, 32, True),
+        "base-w3-gptq-g32-zeros-192": QuantSpec(3, 32, False),
+    }
     # Training lowers the loss of responses that were never seen; the naive combination is another model.
     for family in ("sun", "moon"):
         base = arms[family, "base"]["loss"]
@@ -139,6 +156,7 @@ def test_every_comparison_is_of_arms_that_exist() -> None:
     assert {arm for pair in COMPARISONS for arm in pair} <= arms
     wanted = {"base", "full", "sun", "sun-prefill", "naive", "lora", "sun-lora"}
     wanted |= {f"{kind}{bits}" for kind in ("full-awq", "qsun-ptq", "qsun") for bits in (4, 3, 2)}
+    wanted |= {f"qsun{bits}-gptq" for bits in (4, 3, 2)}
     assert wanted <= arms
 
 

@@ -33,9 +33,9 @@ from qsun.training.options import TrainOptions
 from qsun.training.output import write_whole_model
 from qsun.training.run import train
 from qsun.training.study.folder import StudyFolder
-from qsun.training.study.units import UNITS, Serving, Unit
+from qsun.training.study.units import UNITS, Rounding, Serving, Unit
 
-CALIBRATION_SEQUENCES, CALIBRATION_TOKENS = 48, 512
+CALIBRATION_TOKENS = 512
 PREFILL_CHUNK = 2048
 
 
@@ -57,6 +57,13 @@ class Settings:
 def result_name(family: str, unit: str, seed: int) -> str:
     """The file of a unit's results."""
     return f"{family}.{unit}.s{seed}.json.gz"
+
+
+def _quantised_name(source: str, bits: int, rounding: Rounding) -> str:
+    """The folder of a quantised decoder, a name for each way to make it."""
+    group = "" if rounding.group_size is None else f"-g{rounding.group_size}"
+    zeros = "" if rounding.symmetric else "-zeros"
+    return f"{source}-w{bits}-{rounding.quantizer}{group}{zeros}-{rounding.sequences}"
 
 
 class Study:
@@ -149,7 +156,7 @@ class Study:
         settings = self.settings
         decoder = DecoderChoice()
         if unit.method == "sun" and unit.bits < 16:
-            decoder = DecoderChoice(path=self.quantised_base(unit.bits))
+            decoder = DecoderChoice(path=self.quantised_base(unit.bits, unit.rounding))
         options = TrainOptions(
             method=unit.method,
             first_token=unit.first_token,
@@ -198,10 +205,10 @@ class Study:
         path = self.base() if serving.decoder == "base" else place / "module"
         if serving.bits < 16:
             if serving.decoder == "base":
-                path = self.quantised_base(serving.bits)
+                path = self.quantised_base(serving.bits, serving.rounding)
             else:
-                calibration = self._calibration([family])
-                path = self._quantised(path, serving.bits, calibration, place / f"tuned-w{serving.bits}")
+                target = place / _quantised_name("tuned", serving.bits, serving.rounding)
+                path = self._quantised(path, serving.bits, serving.rounding, [family], target)
         decode = load_decode_module(path, dtype=settings.dtype, device=settings.device)
         if module_path is None and decode.quantization is not None and serving.decoder == "tuned":
             # Both halves of the quantised model read the same low-bit weights, as an ordinary server's do.
@@ -240,22 +247,31 @@ class Study:
             write_whole_model(target, base, stack, name="base", facts={}, with_tokenizer=False)
         return target
 
-    def quantised_base(self, bits: int) -> Path:
-        """The decoder that all families share, quantised once by AWQ on texts of all of them."""
-        calibration = self._calibration(self.folder.families())
-        return self._quantised(self.base(), bits, calibration, self.work / f"base-w{bits}")
+    def quantised_base(self, bits: int, rounding: Rounding) -> Path:
+        """The decoder that all families share, quantised once on texts of all of them."""
+        target = self.work / _quantised_name("base", bits, rounding)
+        return self._quantised(self.base(), bits, rounding, self.folder.families(), target)
 
-    def _quantised(self, source: Path, bits: int, calibration: list[list[int]], target: Path) -> Path:
+    def _quantised(
+        self, source: Path, bits: int, rounding: Rounding, families: Sequence[str], target: Path
+    ) -> Path:
         if not target.exists():
             export_quantized(
-                source, target, bits=bits, dtype=self.settings.dtype, device=self.settings.device,
-                quantizer="awq", calibration=calibration,
-            )  # fmt: skip
+                source,
+                target,
+                bits=bits,
+                group_size=rounding.group_size,
+                symmetric=rounding.symmetric,
+                dtype=self.settings.dtype,
+                device=self.settings.device,
+                quantizer=rounding.quantizer,
+                calibration=self._calibration(families, rounding.sequences),
+            )
             self._free()
         return target
 
-    def _calibration(self, families: Sequence[str]) -> list[list[int]]:
-        share = max(1, CALIBRATION_SEQUENCES // len(families))
+    def _calibration(self, families: Sequence[str], sequences: int) -> list[list[int]]:
+        share = max(1, sequences // len(families))
         chosen: list[Example] = []
         for family in families:
             examples = self.folder.train(family)

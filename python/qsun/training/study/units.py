@@ -12,7 +12,9 @@ from types import MappingProxyType
 from typing import Literal
 
 from qsun.core import FirstToken
+from qsun.modules.quantize import Quantizer
 from qsun.training.batch import Method
+from qsun_kernels.quant import GroupSize
 
 DecoderKind = Literal["base", "tuned"]
 
@@ -24,28 +26,52 @@ model take half of the rate of pairs in the prefill module, without a trial."""
 
 
 @dataclass(frozen=True, slots=True)
+class Rounding:
+    """How a decoder is quantised.
+
+    quantizer, group_size, symmetric: as in `load_decode_module`.  sequences: of training data that the
+    quantiser looks at, all families together.
+    """
+
+    quantizer: Quantizer
+    group_size: GroupSize | None
+    symmetric: bool
+    sequences: int
+
+
+AWQ = Rounding("awq", None, True, 48)
+"""The package's default groups: 64, the largest that divide this model; 4.25 bits a weight at 4 bits."""
+GPTQ = Rounding("gptq", 32, False, 192)
+"""The finest groups that the kernels read, with zero points: 4.75 bits a weight at 4 bits."""
+
+
+@dataclass(frozen=True, slots=True)
 class Serving:
     """One arm: who decodes, in how many bits, and who reads the prompt.
 
-    decoder: the base, or the fine-tuned model itself.  bits: 16, or those that it is quantised to by AWQ.
+    decoder: the base, or the fine-tuned model itself.  bits: 16, or those that it is quantised to.
     module: whether the trained module reads the prompt; else the decoder's own weights do.
+    rounding: how it is quantised.
     """
 
     arm: str
     decoder: DecoderKind
     bits: int
     module: bool
+    rounding: Rounding = AWQ
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """method None trains nothing.  bits: of the decoder in training.  rank: of pairs; None: all weights."""
+    """method None trains nothing.  bits, rounding: of the decoder in training.  rank: of pairs; None: all
+    weights."""
 
     name: str
     method: Method | None
     servings: tuple[Serving, ...]
     first_token: FirstToken = "decode"
     bits: int = 16
+    rounding: Rounding = AWQ
     rank: int | None = None
     learning_rate: float = FULL_RATE
 
@@ -88,6 +114,17 @@ def _units() -> Mapping[str, Unit]:
             )
             for bits in LOW_BITS
         ),
+        *(
+            Unit(
+                f"qsun{bits}-gptq",
+                "sun",
+                (Serving(f"qsun{bits}-gptq", "base", bits, True, GPTQ),),
+                bits=bits,
+                rounding=GPTQ,
+                learning_rate=SUN_RATE,
+            )
+            for bits in LOW_BITS
+        ),
         Unit("lora", "full", (Serving("lora", "tuned", 16, False),), rank=16, learning_rate=PAIR_RATE / 2),
         Unit("sun-lora", "sun", (Serving("sun-lora", "base", 16, True),), rank=8, learning_rate=PAIR_RATE),
         # What the demo serves: pairs against the 4-bit decoder.
@@ -107,6 +144,13 @@ COMPARISONS: tuple[tuple[str, str], ...] = (
     ("qsun4", "sun"),
     ("qsun3", "sun"),
     ("qsun2", "sun"),
+    ("qsun4-gptq", "sun"),
+    ("qsun3-gptq", "sun"),
+    ("qsun2-gptq", "sun"),
+    ("qsun4-gptq", "full"),
+    ("qsun4-gptq", "qsun4"),
+    ("qsun3-gptq", "qsun3"),
+    ("qsun2-gptq", "qsun2"),
     ("qsun4", "qsun-ptq4"),
     ("qsun3", "qsun-ptq3"),
     ("qsun2", "qsun-ptq2"),
@@ -118,6 +162,7 @@ COMPARISONS: tuple[tuple[str, str], ...] = (
     ("qsun4", "base"),
     ("qsun3", "base"),
     ("qsun2", "base"),
+    ("qsun4-gptq", "base"),
     ("lora", "base"),
     ("sun-lora", "base"),
 )

@@ -1,4 +1,4 @@
-"""AWQ over a whole model: closer than rounding, and keys and values keep their meaning."""
+"""Calibrated quantisers over a whole model: closer than rounding, keys and values keep their meaning."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qsun.modules.calibration import CalibrationRun
 from qsun.modules.decode import load_decode_module
 from qsun.modules.export import export_quantized
+from qsun.modules.quantize import CALIBRATED, QUANTIZERS
 
 GENERATOR = torch.Generator().manual_seed(5)
 CALIBRATION = [torch.randint(3, 96, (length,), generator=GENERATOR).tolist() for length in (50, 7, 33, 64)]
@@ -32,20 +34,44 @@ def outliers(tiny, request, tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def correlated(tiny, request, tmp_path_factory):
+    """A tiny model whose hidden states lie near eight directions, as those of real models lie near few."""
+    path = shutil.copytree(tiny(request.param).path, tmp_path_factory.mktemp("correlated") / "model")
+    tensors = load_file(path / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    generator = torch.Generator().manual_seed(6)
+    low_rank = torch.randn(len(embedding), 8, generator=generator) @ torch.randn(
+        8, embedding.shape[1], generator=generator
+    )
+    embedding.mul_(0.1).add_(low_rank * embedding.std() * 10 / 8**0.5)
+    save_file(tensors, path / "model.safetensors")
+    return path
+
+
 def logits(paged, module) -> torch.Tensor:
     sequence = paged(module)
     return torch.cat([sequence.prefill(HELD_OUT[:40]), *(sequence.step(token) for token in HELD_OUT[40:])])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_awq_is_closer_than_rounding_on_held_out_tokens(outliers, paged, dtype):
+def is_closer_than_rounding(path, paged, quantizer, dtype) -> bool:
     arguments = {"bits": 4, "group_size": 32, "dtype": dtype, "device": "cpu"}
-    exact = logits(paged, load_decode_module(outliers, dtype=torch.float32, device="cpu"))
-    rounded = logits(paged, load_decode_module(outliers, **arguments))
-    searched = logits(
-        paged, load_decode_module(outliers, quantizer="awq", calibration=CALIBRATION, **arguments)
+    exact = logits(paged, load_decode_module(path, dtype=torch.float32, device="cpu"))
+    rounded = logits(paged, load_decode_module(path, **arguments))
+    calibrated = logits(
+        paged, load_decode_module(path, quantizer=quantizer, calibration=CALIBRATION, **arguments)
     )
-    assert (searched - exact).norm() < 0.8 * (rounded - exact).norm()
+    return bool((calibrated - exact).norm() < 0.8 * (rounded - exact).norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_awq_makes_up_for_loud_channels_on_held_out_tokens(outliers, paged, dtype):
+    assert is_closer_than_rounding(outliers, paged, "awq", dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gptq_makes_use_of_correlations_on_held_out_tokens(correlated, paged, dtype):
+    assert is_closer_than_rounding(correlated, paged, "gptq", dtype)
 
 
 def test_keys_and_values_stay_the_same_functions(outliers, paged):
@@ -77,25 +103,24 @@ def test_keys_and_values_stay_the_same_functions(outliers, paged):
     assert (after / before - 1).abs().max() > 0.5
 
 
-def test_calibration_activations_are_the_dense_models(outliers, paged, monkeypatch):
-    """What the search of layer 2 sees is the input that the unquantised model gives it."""
-    from qsun.modules import awq
-
+@pytest.mark.parametrize("quantizer", CALIBRATED)
+def test_calibration_activations_are_the_dense_models(outliers, quantizer, monkeypatch):
+    """What is seen of layer 2 is the input that the unquantised model gives it."""
     seen = []
-    original = awq.quantize_layer
+    original = CalibrationRun.advance
 
-    def record(tensors, inputs, spec, **options):
-        seen.append({name: statistics.mean_abs for name, statistics in inputs.items()})
-        return original(tensors, inputs, spec, **options)
+    def record(run, layer, weights, collectors):
+        original(run, layer, weights, collectors)
+        seen.append(collectors)
 
-    monkeypatch.setattr(awq, "quantize_layer", record)
+    monkeypatch.setattr(CalibrationRun, "advance", record)
     load_decode_module(
         outliers,
         bits=2,
         group_size=32,
         dtype=torch.float32,
         device="cpu",
-        quantizer="awq",
+        quantizer=quantizer,
         calibration=[CALIBRATION[0]],
     )
     from transformers import AutoModelForCausalLM
@@ -115,15 +140,32 @@ def test_calibration_activations_are_the_dense_models(outliers, paged, monkeypat
         hf(torch.tensor([CALIBRATION[0]]))
     assert set(seen[2]) == set(captured)
     for name, activations in captured.items():
-        torch.testing.assert_close(seen[2][name], activations.abs().mean(0), rtol=1e-4, atol=1e-5)
+        if quantizer == "awq":
+            got, expected = seen[2][name].mean_abs, activations.abs().mean(0)
+        else:
+            got, expected = seen[2][name].matrix.float(), activations.t() @ activations
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_awq_repeats_bit_for_bit(outliers):
+def test_gptq_leaves_norms_and_biases_alone(outliers):
+    arguments = {"bits": 4, "group_size": 32, "symmetric": False, "dtype": torch.bfloat16, "device": "cpu"}
+    rounded = load_decode_module(outliers, **arguments)
+    compensated = load_decode_module(outliers, quantizer="gptq", calibration=CALIBRATION, **arguments)
+    for a, b in zip(rounded.stack.layers, compensated.stack.layers, strict=True):
+        assert torch.equal(a.attention_norm.weight, b.attention_norm.weight)
+        assert torch.equal(a.mlp_norm.weight, b.mlp_norm.weight)
+        for x, y in ((a.attention.qkv, b.attention.qkv), (a.mlp.down, b.mlp.down)):
+            assert x.bias is None if y.bias is None else torch.equal(x.bias, y.bias)
+            assert not all(map(torch.equal, x.weight.tensors, y.weight.tensors))
+
+
+@pytest.mark.parametrize("quantizer", CALIBRATED)
+def test_it_repeats_bit_for_bit(outliers, quantizer):
     arguments = {
         "bits": 4,
         "dtype": torch.bfloat16,
         "device": "cpu",
-        "quantizer": "awq",
+        "quantizer": quantizer,
         "calibration": CALIBRATION[:1],
     }
     first, second = (load_decode_module(outliers, **arguments) for _ in range(2))
@@ -134,11 +176,11 @@ def test_awq_repeats_bit_for_bit(outliers):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("quantizer", ["rtn", "awq"])
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_a_gpu_quantises_like_the_cpu(outliers, paged, quantizer, tmp_path):
-    """Loaded and exported on a GPU; sums in another order may turn a few codes of AWQ's search."""
+    """Loaded and exported on a GPU; sums in another order may turn a few codes."""
     arguments = {"bits": 4, "group_size": 32, "dtype": torch.float32, "quantizer": quantizer}
-    if quantizer == "awq":
+    if quantizer in CALIBRATED:
         arguments["calibration"] = CALIBRATION
     exact = logits(paged, load_decode_module(outliers, dtype=torch.float32, device="cpu"))
     on_cpu = logits(paged, load_decode_module(outliers, device="cpu", **arguments))
