@@ -170,9 +170,9 @@ def write(folder: Path, new: Sequence[Found], where: str) -> Sequence[Path]:
 
 def write_table(folder: Path) -> Path:
     """Make the table of choices from the sweeps of `folder`."""
-    chain = panel_ways.table().CHAIN
-    if not (folder / chain).exists() and (panel_ways.SOURCE / chain).exists():
-        (folder / chain).write_text((panel_ways.SOURCE / chain).read_text())
+    for name in (panel_ways.table().CHAIN, "tiles_sm80_sweep.txt"):
+        if not (folder / name).exists() and (panel_ways.SOURCE / name).exists():
+            (folder / name).write_text((panel_ways.SOURCE / name).read_text())
     path = folder / "choices_table.h"
     path.write_text(panel_ways.table().header(folder))
     return path

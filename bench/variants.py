@@ -15,7 +15,7 @@ from qsun_kernels.backends.panels import BLOCK_COLUMNS
 from qsun_kernels.backends.problems import BACKENDS
 
 SM80 = "cuda-sm80"
-"""The streaming kernel without copy engine and programmatic dependent launch."""
+"""The kernels of GPUs before sm_90: no copy engine, no wgmma, no programmatic dependent launch."""
 
 OURS = (*BACKENDS, SM80)
 
@@ -49,8 +49,11 @@ def prepare_sm80(operands: Wna16Operands) -> Prepared:
     groups = 1 if spec.group_size == "channel" else BLOCK_COLUMNS // spec.group_size
 
     def run(x: Tensor) -> Tensor:
-        config = library.binding.choose_wna16_stream(
-            x.shape[0], weight.N, weight.K, spec.bits, groups, not spec.symmetric, False, props
+        sizes = x.shape[0], weight.N, weight.K, spec.bits, groups, not spec.symmetric
+        config = (
+            library.binding.choose_wna16_tiles(*sizes, props)
+            if library.binding.uses_wna16_tiles(*sizes, False, props)
+            else library.binding.choose_wna16_stream(*sizes, False, props)
         )
         out = x.new_empty(x.shape[0], weight.N)
         linear.launch_panels(x, weight, None, None, out, False, config)

@@ -22,6 +22,7 @@ REGISTER_BOUNDS = {
     "wna16_rows_kernel": 152,
     "wna16_stream_kernel": 255,
     "wna16_gemm_sm90_kernel": 168,
+    "wna16_tiles_sm80_kernel": 255,
     "wna16_add_parts_kernel": 88,
     "wna16_norm_parts_kernel": 176,
     "gather_columns_kernel": 40,

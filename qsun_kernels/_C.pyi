@@ -82,6 +82,30 @@ class GemmConfig:
     @property
     def stages(self) -> int: ...
 
+class TilesConfig:
+    def __init__(
+        self,
+        *,
+        token_tiles: int,
+        row_groups: int,
+        column_groups: int,
+        split_k: int,
+        stages: int,
+        overlaps_producer: bool,
+    ) -> None: ...
+    @property
+    def token_tiles(self) -> int: ...
+    @property
+    def row_groups(self) -> int: ...
+    @property
+    def column_groups(self) -> int: ...
+    @property
+    def split_k(self) -> int: ...
+    @property
+    def stages(self) -> int: ...
+    @property
+    def overlaps_producer(self) -> bool: ...
+
 class PagedAttentionDecodeConfig:
     def __init__(
         self,
@@ -201,8 +225,21 @@ def choose_wna16_stream(
 def choose_wna16_gemm(
     M: int, N: int, K: int, bits: int, groups_per_block: int, has_zeros: bool, props: DeviceProps
 ) -> GemmConfig: ...
+def uses_wna16_tiles(
+    M: int,
+    N: int,
+    K: int,
+    bits: int,
+    groups_per_block: int,
+    has_zeros: bool,
+    batch_invariant: bool,
+    props: DeviceProps,
+) -> bool: ...
+def choose_wna16_tiles(
+    M: int, N: int, K: int, bits: int, groups_per_block: int, has_zeros: bool, props: DeviceProps
+) -> TilesConfig: ...
 def wna16_gemm_tiles() -> list[tuple[int, int]]: ...
-def wna16_gemm_scratch_bytes(M: int, N: int, K: int, config: GemmConfig) -> int: ...
+def wna16_parts_bytes(M: int, N: int, K: int, config: GemmConfig | TilesConfig) -> int: ...
 def wna16_panels_shared_bytes(
     M: int,
     N: int,
@@ -210,7 +247,7 @@ def wna16_panels_shared_bytes(
     bits: int,
     groups_per_block: int,
     has_zeros: bool,
-    config: StreamConfig | GemmConfig,
+    config: StreamConfig | GemmConfig | TilesConfig,
 ) -> int: ...
 def gather_columns(
     x: int,
@@ -246,7 +283,7 @@ def describe_wna16_panels(
     props: DeviceProps,
 ) -> str: ...
 def wna16_panels(
-    config: StreamConfig | GemmConfig | None,
+    config: StreamConfig | GemmConfig | TilesConfig | None,
     x: int,
     panels: int,
     bias: int,

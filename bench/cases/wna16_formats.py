@@ -3,7 +3,7 @@
 wna16-formats   what another width, group, zero point, dtype or act-order costs, against W4 in symmetric
                 groups of 128 with bfloat16
 wna16-steps     what one token more costs where a tile of 16 or 32 is full
-wna16-sm80      the kernel that GPUs before sm_90 run, on whatever GPU this is
+wna16-sm80      the kernels that GPUs before sm_90 run, on whatever GPU this is
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ STEPS_SUITE = Suite(
 SM80_SUITE = Suite(
     name="wna16-sm80",
     op=Wna16Case.op,
-    summary="low-bit matrix multiplication by the kernel of GPUs before sm_90",
+    summary="low-bit matrix multiplication by the kernels of GPUs before sm_90",
     baseline="marlin",
     cases=lambda selection: _at(selection, _SM80_M),
     variants=(SM80,),

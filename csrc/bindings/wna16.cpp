@@ -16,7 +16,7 @@
 namespace qsun::bindings {
 namespace {
 
-using PanelsConfig = std::variant<StreamConfig, GemmConfig>;
+using PanelsConfig = std::variant<StreamConfig, GemmConfig, TilesConfig>;
 
 void bind_panels(py::module_& m) {
   printable<StreamConfig>(m, "StreamConfig", "How the streaming kernel of panel weights is launched.")
@@ -44,6 +44,20 @@ void bind_panels(py::module_& m) {
       .def_readonly("split_k", &GemmConfig::split_k)
       .def_readonly("stages", &GemmConfig::stages)
       .def_readonly("adds_in_cluster", &GemmConfig::adds_in_cluster);
+  printable<TilesConfig>(m, "TilesConfig",
+                         "How the kernel of panel weights for many tokens before sm_90 is launched.")
+      .def(py::init([](int token_tiles, int row_groups, int column_groups, int split_k, int stages,
+                       bool overlaps_producer) {
+             return TilesConfig{token_tiles, row_groups, column_groups, split_k, stages, overlaps_producer};
+           }),
+           py::kw_only(), "token_tiles"_a, "row_groups"_a, "column_groups"_a, "split_k"_a, "stages"_a,
+           "overlaps_producer"_a)
+      .def_readonly("token_tiles", &TilesConfig::token_tiles)
+      .def_readonly("row_groups", &TilesConfig::row_groups)
+      .def_readonly("column_groups", &TilesConfig::column_groups)
+      .def_readonly("split_k", &TilesConfig::split_k)
+      .def_readonly("stages", &TilesConfig::stages)
+      .def_readonly("overlaps_producer", &TilesConfig::overlaps_producer);
   m.def(
       "wna16_gemm_tiles",
       [] {
@@ -83,6 +97,20 @@ void bind_panels(py::module_& m) {
       },
       "M"_a, "N"_a, "K"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a, "props"_a);
   m.def(
+      "uses_wna16_tiles",
+      [sizes](int64_t M, int64_t N, int64_t K, int bits, int groups_per_block, bool has_zeros,
+              bool batch_invariant, const DeviceProps& props) {
+        return uses_tiles(sizes(M, N, K, bits, groups_per_block, has_zeros, batch_invariant), props);
+      },
+      "M"_a, "N"_a, "K"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a, "batch_invariant"_a, "props"_a);
+  m.def(
+      "choose_wna16_tiles",
+      [sizes](int64_t M, int64_t N, int64_t K, int bits, int groups_per_block, bool has_zeros,
+              const DeviceProps& props) {
+        return choose_tiles(sizes(M, N, K, bits, groups_per_block, has_zeros, false), props);
+      },
+      "M"_a, "N"_a, "K"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a, "props"_a);
+  m.def(
       "wna16_panels_shared_bytes",
       [sizes](int64_t M, int64_t N, int64_t K, int bits, int groups_per_block, bool has_zeros,
               const PanelsConfig& config) {
@@ -103,9 +131,10 @@ void bind_panels(py::module_& m) {
       "more.",
       "M"_a, "N"_a, "K"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a, "batch_invariant"_a, "props"_a);
   m.def(
-      "wna16_gemm_scratch_bytes",
-      [sizes](int64_t M, int64_t N, int64_t K, const GemmConfig& config) {
-        return wna16_panels_scratch_bytes(sizes(M, N, K, 4, 1, false, false), config);
+      "wna16_parts_bytes",
+      [sizes](int64_t M, int64_t N, int64_t K, const std::variant<GemmConfig, TilesConfig>& config) {
+        const Wna16PanelsParams p = sizes(M, N, K, 4, 1, false, false);
+        return std::visit([&](const auto& own) { return wna16_panels_scratch_bytes(p, own); }, config);
       },
       "What a call with this configuration needs, of any format.", "M"_a, "N"_a, "K"_a, "config"_a);
   m.def(
@@ -151,11 +180,11 @@ void bind_panels(py::module_& m) {
         if (!config) return check(wna16_panels(p));
         std::visit([&](const auto& own) { check(wna16_panels(p, own)); }, *config);
       },
-      "config: a StreamConfig or a GemmConfig to run as told by that kernel, or None.", "config"_a.none(true),
-      "x"_a, "panels"_a, "bias"_a, "residual"_a, "norm_weight"_a, "out"_a, "norm_out"_a, "scratch"_a,
-      "scratch_bytes"_a, "M"_a, "N"_a, "K"_a, "column_blocks"_a, "x_stride"_a, "residual_stride"_a,
-      "out_stride"_a, "norm_eps"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a, "gate_up"_a,
-      "batch_invariant"_a, "prefetch_weights"_a, "dtype"_a, "device"_a, "stream"_a);
+      "config: a StreamConfig, GemmConfig or TilesConfig to run as told by that kernel, or None.",
+      "config"_a.none(true), "x"_a, "panels"_a, "bias"_a, "residual"_a, "norm_weight"_a, "out"_a,
+      "norm_out"_a, "scratch"_a, "scratch_bytes"_a, "M"_a, "N"_a, "K"_a, "column_blocks"_a, "x_stride"_a,
+      "residual_stride"_a, "out_stride"_a, "norm_eps"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a,
+      "gate_up"_a, "batch_invariant"_a, "prefetch_weights"_a, "dtype"_a, "device"_a, "stream"_a);
 }
 
 }  // namespace

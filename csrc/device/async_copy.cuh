@@ -31,6 +31,11 @@ __device__ __forceinline__ void copy_async_streamed_or_zero(uint32_t shared, con
                : "memory");
 }
 
+// Copies 16 bytes, likewise aligned, past the L1.
+__device__ __forceinline__ void copy_async(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+
 // Copies the first `bytes` (0 to 16) of 16 bytes and fills the rest with zeros; reads nothing past `bytes`.
 __device__ __forceinline__ void copy_async_or_zero(uint32_t shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes)

@@ -39,6 +39,19 @@ __device__ __forceinline__ uint32_t add_pairs(uint32_t a, uint32_t b) {
 }
 
 template <typename T>
+constexpr uint32_t kOnePair = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
+
+// The same where `one` is kOnePair<T>. Before sm_90 pairs of bfloat16 are added as a * one + b, and ptxas
+// builds a constant `one` anew for each, in two instructions: a loop takes it from opaque() (registers.cuh).
+template <typename T>
+__device__ __forceinline__ uint32_t add_pairs(uint32_t a, uint32_t b, uint32_t one) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) return fma_pairs<T>(a, one, b);
+#endif
+  return add_pairs<T>(a, b);
+}
+
+template <typename T>
 __device__ __forceinline__ uint32_t mul_pairs(uint32_t a, uint32_t b) {
   return as_bits(__hmul2(as_pair<T>(a), as_pair<T>(b)));
 }

@@ -126,10 +126,11 @@ struct ZeroOffset {
   }
 };
 
-// (code - zero) / 2^kShift of pair `r` of step `step`: exact.
+// (code - zero) / 2^kShift of pair `r` of step `step`: exact. one: see add_pairs().
 template <typename T, int kBits, int kShift>
 __device__ __forceinline__ uint32_t exact_pair(const uint32_t (&words)[kHalfWords<kBits>], int step, int r,
-                                               ZeroOffset<T, kBits, kShift> offset) {
+                                               ZeroOffset<T, kBits, kShift> offset,
+                                               uint32_t one = kOnePair<T>) {
   if constexpr (kBits == 8 && !std::is_same_v<T, __half>) {
     // 0x4b000000 | code is 2^23 + code in float32. code - zero has 8 bits, which bfloat16 holds.
     const uint32_t word = words[step * 2 + r / 2];
@@ -145,15 +146,16 @@ __device__ __forceinline__ uint32_t exact_pair(const uint32_t (&words)[kHalfWord
     constexpr uint32_t kOne = kExponentBias<T> + kMantissaBits<T>;
     return add_pairs<T>(
         code_pair<T, kBits, kOne - kCodeBit<T, kBits, 0>, kOne - kCodeBit<T, kBits, 1>>(words, step, r),
-        offset.bits);
+        offset.bits, one);
   }
 }
 
 // (code - zero) * scale of pair `r` of step `step`, rounded once. scale: twice that of the row.
 template <typename T, int kBits>
 __device__ __forceinline__ uint32_t scaled_pair(const uint32_t (&words)[kHalfWords<kBits>], int step, int r,
-                                                ZeroOffset<T, kBits, 0> offset, uint32_t scale) {
-  return mul_pairs<T>(exact_pair<T, kBits, 0>(words, step, r, offset), scale);
+                                                ZeroOffset<T, kBits, 0> offset, uint32_t scale,
+                                                uint32_t one = kOnePair<T>) {
+  return mul_pairs<T>(exact_pair<T, kBits, 0>(words, step, r, offset, one), scale);
 }
 
 // ---- bare

@@ -36,16 +36,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 }
 
 template <typename T>
-cudaError_t launch(const Wna16PanelsParams& p, int splits) {
+cudaError_t launch(const Wna16PanelsParams& p, int splits, bool overlaps_producer) {
   if (p.norm_weight != nullptr) {
     DeviceProps props;
     if (!device_props(p.device, &props).ok()) return cudaErrorInvalidDevice;
     const NormPartsConfig config = choose_norm_parts(p, props);
-    if (config.row_threads > 0) return launch_norm_parts<T>(p, splits, config);
+    if (config.row_threads > 0) return launch_norm_parts<T>(p, splits, overlaps_producer, config);
   }
   const int64_t row_blocks = ceil_div(ceil_div(p.gate_up ? p.N / 2 : p.N, kUnit), kThreads);
   LaunchOptions options;
-  options.overlaps_producer = true;
+  options.overlaps_producer = overlaps_producer;
   const bool is_wide = wide({p.out, p.bias, p.residual},
                             {p.out_stride * 2, p.residual != nullptr ? p.residual_stride * 2 : 0});
   return launch_with(options, wna16_add_parts_kernel<T>, dim3(p.M * row_blocks), dim3(kThreads), p.device,
@@ -55,12 +55,12 @@ cudaError_t launch(const Wna16PanelsParams& p, int splits) {
 }  // namespace
 
 template <>
-cudaError_t launch_add_parts<__half>(const Wna16PanelsParams& p, int splits) {
-  return launch<__half>(p, splits);
+cudaError_t launch_add_parts<__half>(const Wna16PanelsParams& p, int splits, bool overlaps_producer) {
+  return launch<__half>(p, splits, overlaps_producer);
 }
 template <>
-cudaError_t launch_add_parts<__nv_bfloat16>(const Wna16PanelsParams& p, int splits) {
-  return launch<__nv_bfloat16>(p, splits);
+cudaError_t launch_add_parts<__nv_bfloat16>(const Wna16PanelsParams& p, int splits, bool overlaps_producer) {
+  return launch<__nv_bfloat16>(p, splits, overlaps_producer);
 }
 
 }  // namespace qsun

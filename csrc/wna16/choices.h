@@ -1,6 +1,7 @@
 // The measured ways of choices_table.h, and which of them a problem gets: that of the most similar one.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 
@@ -18,7 +19,7 @@ inline double distance(int64_t a, int64_t b) {
 
 // The entry of the matrix that is most like this one, at the next number of tokens; null when there is none.
 template <typename Measured, size_t kSize>
-const Measured* most_similar(const Measured (&table)[kSize], const Wna16PanelsParams& p) {
+const Measured* most_similar(const std::array<Measured, kSize>& table, const Wna16PanelsParams& p) {
   const Measured* best = nullptr;
   double best_distance = 0;
   for (const Measured& one : table) {

@@ -1,6 +1,8 @@
-// Written by choices_table.py from stream_sweep.txt, gemm_sm90_sweep.txt and chain_sweep.txt: the
-// fastest way of each kernel as measured on an H100, and its microseconds.
+// Written by choices_table.py from KERNEL_sweep.txt and chain_sweep.txt: the fastest way of each
+// kernel as measured on an H100, and its microseconds.
 #pragma once
+
+#include <array>
 
 namespace qsun {
 
@@ -11,7 +13,7 @@ struct StreamMeasured {
 };
 
 // clang-format off
-constexpr StreamMeasured kStreamMeasured[] = {
+inline constexpr std::array<StreamMeasured, 35> kStreamMeasured = {{
     {4096, 4096, 1, 7.00f, 1, 2, 12, 2, 1, 0},
     {4096, 4096, 2, 8.88f, 1, 2, 12, 2, 1, 1},
     {4096, 4096, 4, 7.82f, 1, 2, 12, 3, 1, 1},
@@ -47,7 +49,7 @@ constexpr StreamMeasured kStreamMeasured[] = {
     {28672, 8192, 4, 43.51f, 1, 4, 8, 2, 1, 1},
     {28672, 8192, 8, 48.08f, 1, 4, 8, 3, 1, 1},
     {28672, 8192, 16, 54.93f, 2, 4, 8, 2, 0, 1},
-};
+}};
 // clang-format on
 
 struct GemmMeasured {
@@ -57,7 +59,7 @@ struct GemmMeasured {
 };
 
 // clang-format off
-constexpr GemmMeasured kGemmMeasured[] = {
+inline constexpr std::array<GemmMeasured, 63> kGemmMeasured = {{
     {4096, 4096, 16, 9.11f, 16, 1, 4, 8, 0},
     {4096, 4096, 24, 10.71f, 32, 1, 4, 6, 0},
     {4096, 4096, 32, 11.09f, 32, 1, 4, 6, 0},
@@ -121,7 +123,18 @@ constexpr GemmMeasured kGemmMeasured[] = {
     {28672, 8192, 128, 97.15f, 128, 4, 4, 4, 0},
     {28672, 8192, 192, 157.65f, 96, 2, 2, 3, 0},
     {28672, 8192, 256, 180.34f, 256, 2, 2, 3, 0},
+}};
+// clang-format on
+
+struct TilesMeasured {
+  int K, N, M;
+  float us;
+  int token_tiles, row_groups, column_groups, split_k, stages;
 };
+
+// clang-format off
+inline constexpr std::array<TilesMeasured, 0> kTilesMeasured = {{
+}};
 // clang-format on
 
 }  // namespace qsun

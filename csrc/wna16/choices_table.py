@@ -3,10 +3,10 @@
     python csrc/wna16/choices_table.py          write it
     python csrc/wna16/choices_table.py --check  exit status 1 if it is not what would be written
 
-A tile for many tokens serves fewer as well, in the same memory: an entry of gemm_sm90 is the fastest of its
-own number of tokens and of all larger ones, so the time never falls when tokens are added. A block of the
-streaming kernel takes less shared memory for fewer tokens, and so more of them come together: what was
-measured holds for its own number alone.
+A tile for many tokens serves fewer as well, in the same memory: an entry of gemm_sm90 and of tiles_sm80 is
+the fastest of its own number of tokens and of all larger ones, so the time never falls when tokens are added.
+A block of the streaming kernel takes less shared memory for fewer tokens, and so more of them come together:
+what was measured holds for its own number alone.
 
 chain_sweep.txt, where it exists, holds the best way of each product of a decoder layer behind and before the
 other products of the layer. What runs before a launch decides how much of its weight is read early, which
@@ -28,8 +28,11 @@ CHAIN = "chain_sweep.txt"
 WAYS = {
     "stream": ("token_tiles", "row_tiles", "warps", "stages", "copy_engine", "waves"),
     "gemm_sm90": ("token_tile", "warp_groups", "split_k", "stages", "in_cluster"),
+    "tiles_sm80": ("token_tiles", "row_groups", "column_groups", "split_k", "stages"),
 }
-TYPES = {"stream": "StreamMeasured", "gemm_sm90": "GemmMeasured"}
+TYPES = {"stream": "StreamMeasured", "gemm_sm90": "GemmMeasured", "tiles_sm80": "TilesMeasured"}
+SERVE_FEWER = ("gemm_sm90", "tiles_sm80")
+"""Kernels whose tiles for many tokens serve fewer in the same memory."""
 
 Matrix = tuple[int, int]
 Way = tuple[int, ...]
@@ -59,12 +62,13 @@ def fastest(sweep: str, *, serves_fewer: bool) -> dict[tuple[Matrix, int], tuple
 
 
 def fastest_of(kernel: str, folder: Path = HERE) -> dict[tuple[Matrix, int], tuple[Way, float]]:
-    """fastest() of a kernel's own sweep."""
-    return fastest((folder / f"{kernel}_sweep.txt").read_text(), serves_fewer=kernel == "gemm_sm90")
+    """fastest() of a kernel's own sweep; nothing without one."""
+    path = folder / f"{kernel}_sweep.txt"
+    return fastest(path.read_text(), serves_fewer=kernel in SERVE_FEWER) if path.exists() else {}
 
 
 def in_chain(kernel: str, folder: Path = HERE) -> dict[tuple[Matrix, int], tuple[Way, float]]:
-    """(K, N), M -> way, microseconds, of the products of a layer timed one after another.
+    """(K, N), M -> way, microseconds, of the products of a layer timed in the decode step.
 
     A line of the file: kernel K N M way us. Without the file nothing is known of chains.
     """
@@ -91,13 +95,16 @@ def rows(kernel: str, folder: Path) -> list[str]:
 def header(folder: Path = HERE) -> str:
     """The text of choices_table.h, from the files of `folder`."""
     lines = [
-        "// Written by choices_table.py from stream_sweep.txt, gemm_sm90_sweep.txt and chain_sweep.txt: the",
-        "// fastest way of each kernel as measured on an H100, and its microseconds.",
+        "// Written by choices_table.py from KERNEL_sweep.txt and chain_sweep.txt: the fastest way of each",
+        "// kernel as measured on an H100, and its microseconds.",
         "#pragma once",
+        "",
+        "#include <array>",
         "",
         "namespace qsun {",
     ]
     for kernel, fields in WAYS.items():
+        measured = rows(kernel, folder)
         lines += [
             "",
             f"struct {TYPES[kernel]} {{",
@@ -107,9 +114,9 @@ def header(folder: Path = HERE) -> str:
             "};",
             "",
             "// clang-format off",
-            f"constexpr {TYPES[kernel]} k{TYPES[kernel]}[] = {{",
-            *rows(kernel, folder),
-            "};",
+            f"inline constexpr std::array<{TYPES[kernel]}, {len(measured)}> k{TYPES[kernel]} = {{{{",
+            *measured,
+            "}};",
             "// clang-format on",
         ]
     return "\n".join([*lines, "", "}  // namespace qsun", ""])

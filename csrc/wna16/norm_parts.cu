@@ -47,10 +47,11 @@ NormPartsConfig choose_norm_parts(const Wna16PanelsParams& p, const DeviceProps&
       norm.width == kUnit && wide({p.bias, p.residual}, {p.residual != nullptr ? p.residual_stride * 2 : 0});
   if (!is_wide || p.N > int64_t{kNormVectors} * kUnit * norm.threads) return {};
   const int warps = norm.threads / kWarp;
+  const int most_blocks = props.compute_major >= 9 ? kMaxBlocks : 1;  // clusters are of sm_90
   NormPartsConfig config;
   config.row_threads = norm.threads;
   const auto is_too_wide = [&] { return norm.threads / config.blocks > kMaxThreads; };
-  while (config.blocks < kMaxBlocks && warps % (2 * config.blocks) == 0 &&
+  while (config.blocks < most_blocks && warps % (2 * config.blocks) == 0 &&
          (is_too_wide() || 2 * config.blocks * p.M <= props.sm_count)) {
     config.blocks *= 2;
   }
@@ -129,11 +130,12 @@ __global__ void __launch_bounds__(kMaxThreads)
 }
 
 template <typename T>
-cudaError_t launch(const Wna16PanelsParams& p, int splits, const NormPartsConfig& config) {
+cudaError_t launch(const Wna16PanelsParams& p, int splits, bool overlaps_producer,
+                   const NormPartsConfig& config) {
   LaunchOptions options;
   options.shared_bytes = kWarp * static_cast<int>(sizeof(float));
   options.cluster = dim3(config.blocks, 1, 1);
-  options.overlaps_producer = true;
+  options.overlaps_producer = overlaps_producer;
   return launch_with(options, wna16_norm_parts_kernel<T>, dim3(p.M * config.blocks),
                      dim3(config.row_threads / config.blocks), p.device, p.stream, p, splits,
                      padded_rows(p.N), config.blocks);
@@ -142,13 +144,14 @@ cudaError_t launch(const Wna16PanelsParams& p, int splits, const NormPartsConfig
 }  // namespace
 
 template <>
-cudaError_t launch_norm_parts<__half>(const Wna16PanelsParams& p, int splits, const NormPartsConfig& config) {
-  return launch<__half>(p, splits, config);
+cudaError_t launch_norm_parts<__half>(const Wna16PanelsParams& p, int splits, bool overlaps_producer,
+                                      const NormPartsConfig& config) {
+  return launch<__half>(p, splits, overlaps_producer, config);
 }
 template <>
-cudaError_t launch_norm_parts<__nv_bfloat16>(const Wna16PanelsParams& p, int splits,
+cudaError_t launch_norm_parts<__nv_bfloat16>(const Wna16PanelsParams& p, int splits, bool overlaps_producer,
                                              const NormPartsConfig& config) {
-  return launch<__nv_bfloat16>(p, splits, config);
+  return launch<__nv_bfloat16>(p, splits, overlaps_producer, config);
 }
 
 }  // namespace qsun

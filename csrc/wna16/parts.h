@@ -48,19 +48,20 @@ inline bool norms_parts(const Wna16PanelsParams& p, int splits, const DeviceProp
 }
 
 // out = the sums of p.scratch added in the order of the splits, with what follows a product: the norm, too,
-// where norms_parts() says so.
+// where norms_parts() says so. overlaps_producer: programmatic dependent launch.
 template <typename T>
-cudaError_t launch_add_parts(const Wna16PanelsParams& p, int splits);
+cudaError_t launch_add_parts(const Wna16PanelsParams& p, int splits, bool overlaps_producer);
 template <>
-cudaError_t launch_add_parts<__half>(const Wna16PanelsParams&, int);
+cudaError_t launch_add_parts<__half>(const Wna16PanelsParams&, int, bool);
 template <>
-cudaError_t launch_add_parts<__nv_bfloat16>(const Wna16PanelsParams&, int);
+cudaError_t launch_add_parts<__nv_bfloat16>(const Wna16PanelsParams&, int, bool);
 
 template <typename T>
-cudaError_t launch_norm_parts(const Wna16PanelsParams& p, int splits, const NormPartsConfig& config);
+cudaError_t launch_norm_parts(const Wna16PanelsParams& p, int splits, bool overlaps_producer,
+                              const NormPartsConfig& config);
 template <>
-cudaError_t launch_norm_parts<__half>(const Wna16PanelsParams&, int, const NormPartsConfig&);
+cudaError_t launch_norm_parts<__half>(const Wna16PanelsParams&, int, bool, const NormPartsConfig&);
 template <>
-cudaError_t launch_norm_parts<__nv_bfloat16>(const Wna16PanelsParams&, int, const NormPartsConfig&);
+cudaError_t launch_norm_parts<__nv_bfloat16>(const Wna16PanelsParams&, int, bool, const NormPartsConfig&);
 
 }  // namespace qsun

@@ -16,6 +16,7 @@
 #include "wna16/panels.h"
 #include "wna16/parts.h"
 #include "wna16/stream.h"
+#include "wna16/tiles_sm80.h"
 
 namespace qsun {
 
@@ -71,6 +72,10 @@ bool uses_gemm(const Wna16PanelsParams& p, const DeviceProps& props) {
   return stream == nullptr || most_similar(kGemmMeasured, p)->us < stream->us;
 }
 
+bool uses_tiles(const Wna16PanelsParams& p, const DeviceProps& props) {
+  return p.M >= kFewestTileTokens && !p.batch_invariant && tiles_can_run(p) && !has_gemm(props);
+}
+
 namespace {
 
 // Where nothing was measured: more tokens than one wants to stream for, or rows that may not depend on M.
@@ -120,11 +125,17 @@ StreamConfig choose_stream(const Wna16PanelsParams& p, const DeviceProps& props)
 }
 
 int64_t wna16_panels_scratch_bytes(const Wna16PanelsParams& p, const DeviceProps& props) {
-  return p.M > 0 && uses_gemm(p, props) ? wna16_panels_scratch_bytes(p, choose_gemm(p, props)) : 0;
+  if (p.M == 0) return 0;
+  if (uses_gemm(p, props)) return wna16_panels_scratch_bytes(p, choose_gemm(p, props));
+  return uses_tiles(p, props) ? wna16_panels_scratch_bytes(p, choose_tiles(p, props)) : 0;
 }
 
 int64_t wna16_panels_scratch_bytes(const Wna16PanelsParams& p, const GemmConfig& config) {
   return config.adds_in_cluster ? 0 : parts_bytes(p, config.split_k);
+}
+
+int64_t wna16_panels_scratch_bytes(const Wna16PanelsParams& p, const TilesConfig& config) {
+  return parts_bytes(p, config.split_k);
 }
 
 int wna16_panels_shared_bytes(const Wna16PanelsParams& p, const StreamConfig& config) {
@@ -135,8 +146,13 @@ int wna16_panels_shared_bytes(const Wna16PanelsParams& p, const GemmConfig& conf
   return gemm_shared_bytes(config, block_bytes(p.bits, p.groups_per_block, p.has_zeros));
 }
 
+int wna16_panels_shared_bytes(const Wna16PanelsParams& p, const TilesConfig& config) {
+  return TilesMemory(config, block_bytes(p.bits, p.groups_per_block, p.has_zeros)).total;
+}
+
 std::string describe(const Wna16PanelsParams& p, const DeviceProps& props) {
   if (uses_gemm(p, props)) return "gemm_sm90 " + to_string(choose_gemm(p, props));
+  if (uses_tiles(p, props)) return "tiles_sm80 " + to_string(choose_tiles(p, props));
   return "stream " + to_string(choose_stream(p, props));
 }
 
@@ -188,7 +204,8 @@ Status check(const Wna16PanelsParams& p, const StreamConfig& c, const DeviceProp
   return checks.status("wna16_panels", p);
 }
 
-Status check_scratch(const Wna16PanelsParams& p, const GemmConfig& c) {
+template <typename Config>
+Status check_scratch(const Wna16PanelsParams& p, const Config& c) {
   Checks checks;
   const int64_t needed = wna16_panels_scratch_bytes(p, c);
   if (needed > 0) {
@@ -219,6 +236,26 @@ Status check(const Wna16PanelsParams& p, const GemmConfig& c, const DeviceProps&
   // A block waits for its next stage before it gives the last one back.
   const int64_t columns = ceil_div(p.column_blocks, std::max(c.split_k, 1));
   checks.at_least("stages", c.stages, columns > 1 ? 2 : 1).at_most("stages", c.stages, kMaxStages);
+  checks.at_most("shared memory", wna16_panels_shared_bytes(p, c), props.shared_memory_per_block);
+  return checks.ok() ? check_scratch(p, c) : checks.status("wna16_panels", p);
+}
+
+Status check(const Wna16PanelsParams& p, const TilesConfig& c, const DeviceProps& props) {
+  Checks checks;
+  checks.one_of("bits", p.bits, {4, 8});
+  checks.require(tiles_can_run(p), "x", "misaligned, or N too large",
+                 "rows aligned to 16 bytes, and N up to 64 * 65535 for this kernel");
+  checks.require(!p.batch_invariant, "batch_invariant", "yes", "no for this kernel");
+  checks.one_of("token_tiles", c.token_tiles, {2, 4, 6, 8}).one_of("row_groups", c.row_groups, {1, 2, 4});
+  checks.one_of("column_groups", c.column_groups, {2, 4, 8});
+  if (!checks.ok()) return checks.status("wna16_panels", p);
+  checks.at_most("row_groups * column_groups", c.row_groups * c.column_groups, kMostTileWarps);
+  checks.at_least("split_k", c.split_k, 1)
+      .at_most("split_k", c.split_k,
+               std::min(kMostTileSplits, column_chunks(p.column_blocks, c.column_groups)));
+  checks.at_least("stages", c.stages, kFewestTileStages).at_most("stages", c.stages, kMostTileStages);
+  checks.require(!c.overlaps_producer || props.compute_major >= 9, "overlaps_producer", "yes",
+                 "no below sm_90");
   checks.at_most("shared memory", wna16_panels_shared_bytes(p, c), props.shared_memory_per_block);
   return checks.ok() ? check_scratch(p, c) : checks.status("wna16_panels", p);
 }
@@ -256,6 +293,19 @@ Status run(const Wna16PanelsParams& p, const GemmConfig& config) {
   });
 }
 
+Status run(const Wna16PanelsParams& p, const TilesConfig& config) {
+  return run_on_device("wna16_panels", p, [&] {
+    return with_format(p, [&](auto tag, auto bits) {
+      constexpr int kBits = decltype(bits)::value;
+      if constexpr (kBits == 4 || kBits == 8) {
+        return launch_wna16_tiles<typename decltype(tag)::type, kBits>(p, config);
+      } else {
+        return cudaErrorInvalidConfiguration;  // refused before
+      }
+    });
+  });
+}
+
 // `status` of the product, and where that is done and a norm wanted, the norm of its rows.
 Status with_norm(const Wna16PanelsParams& p, const Status& status) {
   return status.ok() && p.norm_weight != nullptr ? rms_norm(norm_of(p)) : status;
@@ -271,16 +321,26 @@ Status run_with_norm(const Wna16PanelsParams& p, const GemmConfig& config, const
   return !config.adds_in_cluster && norms_parts(p, config.split_k, props) ? status : with_norm(p, status);
 }
 
+Status run_with_norm(const Wna16PanelsParams& p, const TilesConfig& config, const DeviceProps& props) {
+  const Status status = run(p, config);
+  return norms_parts(p, config.split_k, props) ? status : with_norm(p, status);
+}
+
+template <typename Config>
+Status run_with_scratch(const Wna16PanelsParams& p, const Config& config, const DeviceProps& props) {
+  if (Status status = check_scratch(p, config); !status.ok()) return status;
+  return run_with_norm(p, config, props);
+}
+
 }  // namespace
 
 Status wna16_panels(const Wna16PanelsParams& p) {
   if (Status status = check(p); !status.ok() || p.M == 0) return status;
   DeviceProps props;
   if (Status status = props_of("wna16_panels", p, &props); !status.ok()) return status;
-  if (!uses_gemm(p, props)) return run_with_norm(p, choose_stream(p, props), props);
-  const GemmConfig config = choose_gemm(p, props);
-  if (Status status = check_scratch(p, config); !status.ok()) return status;
-  return run_with_norm(p, config, props);
+  if (uses_gemm(p, props)) return run_with_scratch(p, choose_gemm(p, props), props);
+  if (uses_tiles(p, props)) return run_with_scratch(p, choose_tiles(p, props), props);
+  return run_with_norm(p, choose_stream(p, props), props);
 }
 
 namespace {
@@ -299,5 +359,7 @@ Status run_as_told(const Wna16PanelsParams& p, const Config& config) {
 Status wna16_panels(const Wna16PanelsParams& p, const StreamConfig& config) { return run_as_told(p, config); }
 
 Status wna16_panels(const Wna16PanelsParams& p, const GemmConfig& config) { return run_as_told(p, config); }
+
+Status wna16_panels(const Wna16PanelsParams& p, const TilesConfig& config) { return run_as_told(p, config); }
 
 }  // namespace qsun

@@ -73,23 +73,40 @@ struct GemmConfig {
 };
 QSUN_API std::string to_string(const GemmConfig& config);
 
+// How the kernel in csrc/wna16/tiles_sm80.cuh is launched. A block has row_groups * column_groups warps, at
+// most 8.
+struct TilesConfig {
+  int token_tiles = 8;    // of 8 tokens that a block multiplies: 2, 4, 6 or 8
+  int row_groups = 2;     // of 64 weight rows that a block multiplies: 1, 2 or 4
+  int column_groups = 2;  // of 64 columns, a stage: 2, 4 or 8
+  int split_k = 1;        // blocks that share the columns, 1 to 16, whose sums go through params.scratch
+  int stages = 4;         // in flight or in use, 2 to 6
+  bool overlaps_producer = true;  // programmatic dependent launch; false below sm_90
+};
+QSUN_API std::string to_string(const TilesConfig& config);
+
 struct GemmTile {
   int token_tile, warp_groups;
 };
 // What the kernel is compiled for.
 QSUN_API std::vector<GemmTile> gemm_tiles();
 
-// What runs a problem: the kernel for many tokens (csrc/wna16/gemm_sm90.cuh) or the streaming one, and how
-// either is launched. Pure: they depend on the sizes, the alignment of the pointers and the device alone.
+// What runs a problem: a kernel for many tokens (csrc/wna16/gemm_sm90.cuh, or tiles_sm80.cuh where that one
+// cannot run) or the streaming one, and how each is launched. Pure: they depend on the sizes, the alignment
+// of the pointers and the device alone.
 QSUN_API bool uses_gemm(const Wna16PanelsParams& params, const DeviceProps& props);
+QSUN_API bool uses_tiles(const Wna16PanelsParams& params, const DeviceProps& props);
 QSUN_API StreamConfig choose_stream(const Wna16PanelsParams& params, const DeviceProps& props);
 QSUN_API GemmConfig choose_gemm(const Wna16PanelsParams& params, const DeviceProps& props);
+QSUN_API TilesConfig choose_tiles(const Wna16PanelsParams& params, const DeviceProps& props);
 // Shared memory of a block, bytes.
 QSUN_API int wna16_panels_shared_bytes(const Wna16PanelsParams& params, const StreamConfig& config);
 QSUN_API int wna16_panels_shared_bytes(const Wna16PanelsParams& params, const GemmConfig& config);
+QSUN_API int wna16_panels_shared_bytes(const Wna16PanelsParams& params, const TilesConfig& config);
 // Bytes of scratch that a call with these sizes, dtype and alignment of x needs; 0 for most.
 QSUN_API int64_t wna16_panels_scratch_bytes(const Wna16PanelsParams& params, const DeviceProps& props);
 QSUN_API int64_t wna16_panels_scratch_bytes(const Wna16PanelsParams& params, const GemmConfig& config);
+QSUN_API int64_t wna16_panels_scratch_bytes(const Wna16PanelsParams& params, const TilesConfig& config);
 // Kernel and launch in one line.
 QSUN_API std::string describe(const Wna16PanelsParams& params, const DeviceProps& props);
 
@@ -97,5 +114,6 @@ QSUN_API Status wna16_panels(const Wna16PanelsParams& params);
 // By one of the kernels, with a configuration of the caller's, which must be one that it is compiled for.
 QSUN_API Status wna16_panels(const Wna16PanelsParams& params, const StreamConfig& config);
 QSUN_API Status wna16_panels(const Wna16PanelsParams& params, const GemmConfig& config);
+QSUN_API Status wna16_panels(const Wna16PanelsParams& params, const TilesConfig& config);
 
 }  // namespace qsun

@@ -163,7 +163,10 @@ def launch_panels(
     residual: Tensor | None,
     out: Tensor,
     batch_invariant: bool,
-    config: library.binding.StreamConfig | library.binding.GemmConfig | None = None,
+    config: library.binding.StreamConfig
+    | library.binding.GemmConfig
+    | library.binding.TilesConfig
+    | None = None,
     norm: Norm | None = None,
 ) -> None:
     """config: which kernel to run and how, for tests and tuning; by default the library chooses."""
@@ -175,9 +178,9 @@ def launch_panels(
     device = x.get_device()
     scratch, scratch_bytes = None, 0
     if config is not None:
-        if isinstance(config, library.binding.GemmConfig):
+        if not isinstance(config, library.binding.StreamConfig):
             sizes = x.shape[0], weight.N, x.shape[1]
-            scratch_bytes = library.binding.wna16_gemm_scratch_bytes(*sizes, config)
+            scratch_bytes = library.binding.wna16_parts_bytes(*sizes, config)
     else:
         scratch_bytes = _scratch_bytes(
             x.shape[0],

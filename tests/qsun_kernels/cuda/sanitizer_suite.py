@@ -28,6 +28,8 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # read when torch is importe
 import torch
 
 from qsun_kernels.backends import cuda
+from qsun_kernels.backends.cuda import library
+from qsun_kernels.backends.cuda.linear import launch_panels
 from qsun_kernels.backends.problems import PagedAttentionDecodeProblem
 from qsun_kernels.quant import QuantSpec
 from qsun_kernels.testing import inputs
@@ -69,6 +71,30 @@ def linear() -> Iterator[tuple[str, Comparison]]:
                 )
                 dense = cuda.IMPLEMENTATIONS["dequantize"].run(packed.to(DEVICE), dtype).cpu()
                 yield f"dequantize {spec} {dtype}", judges.judge_dequantize(dense, packed, dtype)
+
+
+def tiles_sm80() -> Iterator[tuple[str, Comparison]]:
+    """Every instance of the tiles before sm_90, which no GPU with wgmma chooses by itself."""
+    for bits in (4, 8):
+        for dtype in (torch.float16, torch.bfloat16):
+            for token_tiles, row_groups, column_groups in ((2, 1, 8), (4, 2, 4), (6, 4, 2), (8, 2, 2)):
+                M, N, K = token_tiles * 8 - 3, 77, 1096
+                source = inputs.generator(bits)
+                spec = QuantSpec(bits, 32 if token_tiles == 4 else 128, token_tiles < 6)
+                packed = inputs.packed_weight(source, N, K, spec, scale_dtype=dtype)
+                weight = cuda.IMPLEMENTATIONS["wna16_linear"].prepare(packed.to(DEVICE), dtype)
+                x = inputs.normal(source, (M, K), dtype)
+                config = library.binding.TilesConfig(
+                    token_tiles=token_tiles,
+                    row_groups=row_groups,
+                    column_groups=column_groups,
+                    split_k=2,
+                    stages=2,
+                    overlaps_producer=False,
+                )
+                out = torch.empty(M, N, dtype=dtype, device=DEVICE)
+                launch_panels(x.to(DEVICE), weight, None, None, out, False, config)
+                yield f"tiles_sm80 {spec} {dtype} {config}", judges.judge_wna16_linear(out.cpu(), x, packed)
 
 
 def block_ends() -> Iterator[tuple[str, Comparison]]:
@@ -252,7 +278,7 @@ def sampling() -> Iterator[tuple[str, Comparison]]:
 
 
 FAMILIES = (
-    *(linear, block_ends, attention, shared_attention, coded_attention),
+    *(linear, tiles_sm80, block_ends, attention, shared_attention, coded_attention),
     *(cache, fused_write, fused, sampling),
 )
 

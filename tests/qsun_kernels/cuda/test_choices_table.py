@@ -63,6 +63,19 @@ def test_the_fastest_of_more_tokens_serves_fewer(table) -> None:
     assert table.fastest(sweep, serves_fewer=True) == shared
 
 
+def test_tiles_before_sm_90_are_in_the_table_once_they_are_measured(table, tmp_path) -> None:
+    for kernel in TOKENS:
+        name = f"{kernel}_sweep.txt"
+        (tmp_path / name).write_text((FOLDER / name).read_text())
+    assert table.fastest_of("tiles_sm80", tmp_path) == {}
+    assert "std::array<TilesMeasured, 0> kTilesMeasured" in table.header(tmp_path)
+    sweep = "# x\n64 64 32 4 2 2 1 6 5.0\n64 64 32 4 1 4 1 6 4.5\n64 64 64 8 2 2 1 3 6.0\n"
+    (tmp_path / "tiles_sm80_sweep.txt").write_text(sweep)
+    text = table.header(tmp_path)
+    assert "std::array<TilesMeasured, 2> kTilesMeasured" in text
+    assert "{64, 64, 32, 4.50f, 4, 1, 4, 1, 6},\n    {64, 64, 64, 6.00f, 8, 2, 2, 1, 3},\n}};" in text
+
+
 def test_choices_on_an_h100(extension, table) -> None:
     """The faster kernel launched the measured way where one was measured, something that fits everywhere."""
     if "90a" not in extension.build_info()["archs"]:
@@ -92,6 +105,8 @@ def test_choices_on_an_h100(extension, table) -> None:
                 chosen(M, N, K),
             ), chosen(M, N, K)
     assert streamed > len(MATRICES)
+    for M in (8, 9, 12, 16, 64):
+        assert all(chosen(M, N, K).startswith(("stream ", "gemm_sm90 ")) for K, N in MATRICES)
     for N, K in ((16, 128), (77, 100), (576, 576), (1536, 576), (152064, 5120), (100, 100_000)):
         for M in (17, 64, 100, 257, 5000):
             if not chosen(M, N, K).startswith("gemm_sm90"):

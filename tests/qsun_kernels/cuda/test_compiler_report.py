@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[3]
 SOURCES = sorted((ROOT / "csrc").rglob("*.cu"))
 # CI builds for sm_90a and reads those reports; for sm_80 it compiles one source a family of kernels, the one
 # that is shortest of registers. `make test-exhaustive` compiles the others.
-SM80_IN_CI = {"tiles_bf16_d128", "codes_int4", "stream_bf16_b4", "rows_b4"}
+SM80_IN_CI = {"tiles_bf16_d128", "codes_int4", "stream_bf16_b4", "rows_b4", "tiles_sm80_bf16_b4"}
 REPORTS = [
     pytest.param(
         *(source, arch),
@@ -157,6 +157,7 @@ def compiled_object(source: Path, arch: str, folder: Path) -> Path:
     "instance",
     (
         "wna16/instances/stream_bf16_b4.cu",
+        "wna16/instances/tiles_sm80_bf16_b4.cu",
         "attention/instances/tiles_bf16_d128.cu",
         "attention/instances/codes_int4.cu",
     ),

@@ -36,6 +36,52 @@ def test_every_weight_row_has_a_warp(extension, h100, N) -> None:
         assert config.tile_m * config.grid_m >= M
 
 
+SHAPES = ((4096, 4096), (6144, 4096), (28672, 4096), (8192, 28672), (16, 128), (77, 104), (5128, 576))
+SM_86 = {"compute_major": 8, "compute_minor": 6, "sm_count": 82, "shared_memory_per_block": 99 * 1024}
+
+
+def test_tiles_that_are_chosen_can_be_launched(extension, h100, a100) -> None:
+    """Every tile fits the GPU, has columns for every split, and takes part in the one choice of kernels."""
+    small = extension.DeviceProps(**SM_86, l2_bytes=6 << 20)
+    for props in (a100, small, h100):
+        for N, K in SHAPES:
+            for M in (9, 16, 17, 33, 48, 64, 65, 200, 4096):
+                for bits in (4, 8):
+                    for groups, zeros in ((1, False), (4, True)):
+                        sizes = (M, N, K, bits, groups, zeros)
+                        c = extension.choose_wna16_tiles(*sizes, props)
+                        assert c.token_tiles in (2, 4, 6, 8) and c.row_groups in (1, 2, 4)
+                        assert c.column_groups in (2, 4, 8) and c.row_groups * c.column_groups <= 8
+                        assert c.token_tiles * 8 >= min(M, 64) and 2 <= c.stages <= 6
+                        chunks = -(-K // (c.column_groups * 64))
+                        assert 1 <= c.split_k <= min(16, chunks)
+                        assert c.overlaps_producer == (props is h100)
+                        size = extension.wna16_panels_shared_bytes(*sizes, c)
+                        assert size <= props.shared_memory_per_block
+                        needed = c.split_k * M * -(-N // 64) * 64 * 4 if c.split_k > 1 else 0
+                        assert extension.wna16_parts_bytes(M, N, K, c) == needed
+                        if props is not h100:
+                            assert extension.uses_wna16_tiles(*sizes, False, props)
+                            scratch = extension.wna16_panels_scratch_bytes(*sizes, False, props)
+                            assert scratch == needed
+                            text = extension.describe_wna16_panels(*sizes, False, props)
+                            assert text == f"tiles_sm80 {repr(c)[len('TilesConfig(') : -1]}"
+
+
+def test_what_tiles_do_not_take_is_streamed(extension, a100) -> None:
+    def kernel(M: int, K: int, bits: int, invariant: bool = False) -> str:
+        text: str = extension.describe_wna16_panels(M, 4096, K, bits, 1, False, invariant, a100)
+        return text.split(" ")[0]
+
+    assert kernel(64, 4096, 4) == kernel(9, 4096, 8) == "tiles_sm80"
+    for few_tokens in (1, 8):
+        assert kernel(few_tokens, 4096, 4) == "stream"
+    for bits in (2, 3):
+        assert kernel(64, 4096, bits) == "stream"
+    assert kernel(64, 4100, 4) == "stream"  # rows of x that 16 bytes do not divide
+    assert kernel(64, 4096, 4, invariant=True) == "stream"
+
+
 def test_choose_rms_norm(extension, h100, a100) -> None:
     half = 1
     choose = extension.choose_rms_norm

@@ -239,8 +239,9 @@ def test_what_is_chosen_can_be_launched(extension, gpu) -> None:
                             )
                             assert c.token_tiles <= 2
                         text = extension.describe_wna16_panels(M, N, K, bits, groups, True, invariant, props)
-                        assert text.startswith(("stream ", "gemm_sm90 "))
-                        assert not (invariant or gpu is A100) or text.startswith("stream ")
+                        assert text.startswith(("stream ", "gemm_sm90 ", "tiles_sm80 "))
+                        assert not invariant or text.startswith("stream ")
+                        assert gpu is H100 or not text.startswith("gemm_sm90 ")
 
 
 def test_a_configuration_that_is_not_compiled_is_refused(kernels) -> None:

@@ -20,7 +20,8 @@ extern "C" __attribute__((visibility("default"))) int add_parts(const float* par
   if (!qsun::device_props(p.device, &props).ok()) return cudaErrorInvalidDevice;
   const bool norms = qsun::norms_parts(p, splits, props);
   *norm_blocks = norms ? qsun::choose_norm_parts(p, props).blocks : 0;
+  const bool overlaps = props.compute_major >= 9;
   const qsun::DeviceGuard guard(p.device);
-  return p.dtype == qsun::DType::kFloat16 ? qsun::launch_add_parts<__half>(p, splits)
-                                          : qsun::launch_add_parts<__nv_bfloat16>(p, splits);
+  return p.dtype == qsun::DType::kFloat16 ? qsun::launch_add_parts<__half>(p, splits, overlaps)
+                                          : qsun::launch_add_parts<__nv_bfloat16>(p, splits, overlaps);
 }

@@ -17,6 +17,8 @@ inline void copy_async_streamed_or_zero(uint32_t shared, const void* global, int
   emulator::copy_async(shared, global, bytes);
 }
 
+inline void copy_async(uint32_t shared, const void* global) { emulator::copy_async(shared, global, 16); }
+
 inline void copy_async_or_zero(uint32_t shared, const void* global, int bytes) {
   emulator::copy_async(shared, global, bytes);
 }

@@ -35,9 +35,11 @@ inline uint32_t fma_pairs(uint32_t a, uint32_t b, uint32_t c) {
 }
 
 template <typename T>
-inline uint32_t add_pairs(uint32_t a, uint32_t b) {
-  const uint32_t one = emulator::rounded<EmulatedFormat<T>>(1.0);
-  return fma_pairs<T>(a, one | one << 16, b);
+constexpr uint32_t kOnePair = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
+
+template <typename T>
+inline uint32_t add_pairs(uint32_t a, uint32_t b, uint32_t one = kOnePair<T>) {
+  return fma_pairs<T>(a, one, b);
 }
 
 template <typename T>
