@@ -9,7 +9,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -162,7 +161,7 @@ class Row:
         gc.disable()
         try:
             with torch.cuda.stream(side):
-                graph.capture_begin(pool=_pool())
+                graph.capture_begin(pool=_keeper().pool())
                 try:
                     for _ in range(rounds):
                         for call in calls:
@@ -185,9 +184,19 @@ class Row:
 
 
 @cache
-def _pool() -> Any:
-    """Memory for what is allocated within a capture: thousands of graphs, one after another, share it."""
-    return torch.cuda.graph_pool_handle()
+def _keeper() -> torch.cuda.CUDAGraph:
+    """A graph that stays: thousands of others, one after another, allocate in its memory.
+
+    Memory that only graphs use is given up with the last of them, and its name may not be used again.
+    """
+    graph = torch.cuda.CUDAGraph()
+    flag = torch.zeros(1, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        graph.capture_begin()
+        flag.add_(1)
+        graph.capture_end()
+    return graph
 
 
 def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:
