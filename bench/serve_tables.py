@@ -67,9 +67,14 @@ def show(run: Run, stream: TextIO) -> None:
 def markdown(run: Run) -> str:
     """The same for a document."""
     table = tables.markdown(COLUMNS, rows(run), text_columns=2)
+    return f"{table}\n\n{_BEST_TITLE}:\n\n{brief(run)}" if best(run) else table
+
+
+def brief(run: Run) -> str:
+    """The best goodput of either arm alone, for a document."""
     if found := best(run):
-        table += f"\n\n{_BEST_TITLE}:\n\n{tables.markdown(_BEST_COLUMNS, found, text_columns=0)}"
-    return table
+        return tables.markdown(_BEST_COLUMNS, found, text_columns=0)
+    return "The recorded run holds no two arms that kept the same promise."
 
 
 def _row(record: Record, run: Run) -> tables.Row:

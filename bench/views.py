@@ -73,6 +73,7 @@ FURTHER: Mapping[str, Callable[[Run], str]] = {
     "sweeps": _those_of(attention_tables.groups, attention_tables.blocks),
     "triton": _those_of(attention_tables.triton),
     "brief": decode_tables.brief,
+    "goodput": serve_tables.brief,
     **{name: partial(format_tables.markdown, view=name) for name in format_tables.VIEWS},
 }
 """Further views of a run for a document, by the name behind the colon of a block."""

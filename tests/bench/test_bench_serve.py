@@ -477,6 +477,8 @@ def test_the_best_of_either_arm() -> None:
     run = Run(results.header(CPU, "qsun-bench serve", 2e10, "0123456"), records)
     assert serve_tables.best(run) == (("1000", "20", "9 of 9.5", "3 of 4.5", "3.00x"),)
     assert serve_tables.best(replace(run, records=records[:2])) == ()
+    assert "| 9 of 9.5 | 3 of 4.5 | 3.00x |" in serve_tables.brief(run)
+    assert "no two arms" in serve_tables.brief(replace(run, records=records[:2]))
     assert serve_tables.best(replace(run, records=(*records, record("per-model", 3, 3.0, 30.0)))) == ()
     none = replace(run, records=(records[0], record("per-model", 4, 0.0)))
     assert serve_tables.best(none)[0][3:] == ("0 of 4.5", "")
