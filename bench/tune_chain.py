@@ -74,8 +74,8 @@ def cell(product: str, M: int) -> Cell:
 
 
 def candidates(M: int, lines: Mapping[tuple[Kernel, Cell], Sequence[Way]]) -> Mapping[str, Sequence[Launch]]:
-    """Of each product the launches worth trying: those that its kernels' sweeps kept for M tokens, and of the
-    kernels that they were kept for, those for the next fewer and the next more tokens.
+    """Of each product the launches worth trying: those that the sweeps kept for M tokens, and of the same
+    kernel those for the next fewer and the next more tokens.
     """
     found: dict[str, Sequence[Launch]] = {}
     for product in PRODUCTS:
@@ -87,8 +87,8 @@ def candidates(M: int, lines: Mapping[tuple[Kernel, Cell], Sequence[Way]]) -> Ma
             if M not in measured:
                 continue
             at = measured.index(M)
-            for near in (M, *measured[max(at - 1, 0) : at], *measured[at + 1 : at + 2]):
-                launches |= dict.fromkeys((kernel, way) for way in lines[kernel, cell(product, near)])
+            for tokens in (M, *measured[max(at - 1, 0) : at], *measured[at + 1 : at + 2]):
+                launches |= dict.fromkeys((kernel, way) for way in lines[kernel, cell(product, tokens)])
         found[product] = list(launches)
     return found
 
@@ -176,7 +176,7 @@ def descend(
         if not changed:
             break
     passes = [(trials.time(M, start), trials.time(M, chain)) for _ in range(_PASSES)]
-    before, now = (statistics.median(times) for times in zip(*passes, strict=True))
+    before, now = (statistics.median(each) for each in zip(*passes, strict=True))
     if now >= before:
         chain, now = dict(start), before
     adds: dict[tuple[str, Kernel], tuple[Way, float]] = {}
