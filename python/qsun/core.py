@@ -80,11 +80,11 @@ class PrefillChunk:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PrefillPlan:
-    """What the attention of a forward's chunks reads and who sees whom, for all layers of one window.
+    """What the attention of consecutive chunks reads and who sees whom, for all layers of one window.
 
     runs: int64 (num_kv_heads * n,), head by head, for the n blocks that the chunks see, chunk by chunk: the
         row of that head of that block in a cache taken as num_blocks * num_kv_heads rows.
-    q_starts: where each chunk's tokens begin, and the end of the last one's.
+    q_starts: where each chunk's tokens begin, counted from the first one's, and the end of the last one's.
     k_starts, k_lengths: which of the n * block_size slots are those that each chunk sees.
     window: None also where no chunk is longer than the layer's.
     starts: int32 (3, num_chunks + 1), the three above on the device, for FlashAttention; else None.
@@ -105,11 +105,14 @@ class PrefillPlan:
 class PrefillAttention:
     """Chunks of several sequences, side by side; each token attends to its own sequence up to itself.
 
-    plans: by the window of a layer, as in `DecodeAttention`.
+    max_blocks: most blocks that are read at once, no fewer than any one chunk sees; None is no bound.
+    plans: by the window of a layer, as in `DecodeAttention`; as many as `max_blocks` takes, in the order of
+        the chunks.
     """
 
     chunks: tuple[PrefillChunk, ...]
-    plans: Mapping[int | None, PrefillPlan] = field(default_factory=dict)
+    max_blocks: int | None = None
+    plans: Mapping[int | None, tuple[PrefillPlan, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,12 @@ __all__ = ["prefill_inputs"]
 
 
 def prefill_inputs(
-    chunks: Items[Chunk], block_size: int, device: torch.device
+    chunks: Items[Chunk], block_size: int, device: torch.device, *, max_blocks: int | None = None
 ) -> tuple[Tensor, ForwardContext]:
-    """Token ids, int64 (T,), and context of chunks laid side by side; T is the sum of their lengths."""
+    """Token ids, int64 (T,), and context of chunks laid side by side; T is the sum of their lengths.
+
+    max_blocks: as in `PrefillAttention`.
+    """
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -38,4 +41,5 @@ def prefill_inputs(
         of_chunk = all_blocks[taken : taken + len(blocks)]
         attention.append(PrefillChunk(start, chunk.length, chunk.start, of_chunk))
         taken += len(blocks)
-    return token_ids, ForwardContext(position_ids, slot_mapping, PrefillAttention(tuple(attention)))
+    seen = PrefillAttention(tuple(attention), max_blocks)
+    return token_ids, ForwardContext(position_ids, slot_mapping, seen)

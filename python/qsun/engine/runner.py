@@ -74,8 +74,9 @@ class DecodeStep:
 class Runner:
     """Executes on one cache what the scheduler has planned.
 
-    max_blocks: blocks of the longest sequence.  stream: the engine's own; None on a CPU.  shares_prefixes:
-    whether sequences may begin with the same blocks, which a decode step then reads once.
+    max_blocks: blocks of the longest sequence, and most that attention of chunks reads at once: `step_memory`
+    measures a single chunk.  stream: the engine's own; None on a CPU.  shares_prefixes: whether sequences may
+    begin with the same blocks, which a decode step then reads once.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Runner:
     ) -> None:
         self.decode_module = decode
         self.kv_cache = kv_cache
+        self._max_blocks = max_blocks
         self._stream = stream
         self._backend = backend
         with self.running():
@@ -148,7 +150,9 @@ class Runner:
 
         Returns its hidden states (T, H); None, and they are not computed, where no chunk gives a first token.
         """
-        token_ids, ctx = prefill_inputs(chunks, self.kv_cache.block_size, self.kv_cache.device)
+        token_ids, ctx = prefill_inputs(
+            chunks, self.kv_cache.block_size, self.kv_cache.device, max_blocks=self._max_blocks
+        )
         embedded = self.decode_module.embed(token_ids)
         if any(chunk.gives_first_token for chunk in chunks):
             return stack.forward(embedded, ctx, self.kv_cache)

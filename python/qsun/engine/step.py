@@ -132,7 +132,8 @@ class StepExecutor:
                     following = self._follow()
                 except Exception as error:
                     failure = error
-            if following is None and failure is None:
+            # Tokens that the host has to draw are drawn on the device too: not behind a chunk.
+            if following is None and failure is None and not last.by_host and not last.first:
                 begun = self._begin()
             self._collect(last)
             if failure is not None and last.decode is not None:

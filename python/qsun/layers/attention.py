@@ -123,10 +123,10 @@ class Attention:
         """Of all chunks' tokens, (T, num_q_heads, head_dim); without a plan, one is made for this call."""
         if not attention.chunks:
             return torch.empty_like(q)
-        plan = attention.plans.get(self.window)
-        if plan is None:
-            plan = plan_prefill_attention(
-                attention.chunks,
+        plans = attention.plans.get(self.window)
+        if plans is None:
+            plans = plan_prefill_attention(
+                attention,
                 num_q_heads=self.num_q_heads,
                 num_kv_heads=self.num_kv_heads,
                 head_dim=self.head_dim,
@@ -135,4 +135,4 @@ class Attention:
                 dtype=q.dtype,
                 device=q.device,
             )
-        return attend_chunks(q, kv, plan, softmax_scale=self.softmax_scale)
+        return attend_chunks(q, kv, plans, softmax_scale=self.softmax_scale)

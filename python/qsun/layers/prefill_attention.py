@@ -3,30 +3,32 @@
 A chunk attends to its own tokens as they were read back from the cache, too: what becomes of a token does not
 depend on how its prompt was cut into chunks, not even where the cache rounds to codes.
 
-The blocks that chunks see are gathered once a layer, for all chunks together. One head of one block is a run
-of memory, so a block's heads are put where each head's tokens lie one behind the other:
+The blocks that chunks see are gathered once a layer, for all chunks together; where that would be more than
+there is memory for, for some chunks after others. (Many requests may begin with the same long text: each of
+their chunks sees all of it.) One head of one block is a run of memory, so a block's heads are put where each
+head's tokens lie one behind the other:
 
     cache     (num_blocks, num_kv_heads, block_size, head_dim)
     k, v      (num_kv_heads, S, head_dim)       S: |-blocks of chunk 0-|-----of chunk 1-----|-of chunk 2-|
 
 FlashAttention takes them as they are: sequences of their own lengths, the last query opposite the last key,
-fewer key heads than query heads, a window. Nothing is masked in memory and one launch serves all chunks.
-Where it cannot run (a CPU, float32, a head_dim that is no multiple of 8), torch's attention takes a chunk at
-a time, with a mask. Places, lengths and masks are the same in every layer of one window, so they are a plan
-that is made once a forward pass.
+fewer key heads than query heads, a window. Nothing is masked in memory and one launch serves all chunks that
+were gathered together. Where it cannot run (a CPU, float32, a head_dim that is no multiple of 8), torch's
+attention takes a chunk at a time, with a mask. Places, lengths and masks are the same in every layer of one
+window, so they are plans that are made once a forward pass.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qsun.core import PrefillChunk, PrefillPlan
+from qsun.core import PrefillAttention, PrefillChunk, PrefillPlan
 from qsun.kv_cache.tensors import LayerKV
 from qsun_kernels.backends.reference.kv_codes import dequantize_kv
 
@@ -43,6 +45,59 @@ _FLASH_ALIGNMENT, _FLASH_LONGEST_HEAD = 8, 256
 
 
 def plan_prefill_attention(
+    attention: PrefillAttention,
+    *,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    window: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[PrefillPlan, ...]:
+    """What every layer with this window reads for these chunks, at least one, and who sees whom.
+
+    Each plan is of as many chunks as may be read at once.
+    dtype: of the queries.  Copies a few numbers to the device and waits for none of them.
+    """
+    return tuple(
+        _plan(
+            chunks,
+            num_q_heads=num_q_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            block_size=block_size,
+            window=window,
+            dtype=dtype,
+            device=device,
+        )
+        for chunks in _read_at_once(attention, block_size, window)
+    )
+
+
+def _read_at_once(
+    attention: PrefillAttention, block_size: int, window: int | None
+) -> Iterator[list[PrefillChunk]]:
+    """The chunks, cut where the next one's blocks would be too many."""
+    together: list[PrefillChunk] = []
+    num_blocks = 0
+    for chunk in attention.chunks:
+        _, skipped, end = _seen(chunk, block_size, window)
+        num_blocks += end - skipped
+        if together and attention.max_blocks is not None and num_blocks > attention.max_blocks:
+            yield together
+            together, num_blocks = [], end - skipped
+        together.append(chunk)
+    yield together
+
+
+def _seen(chunk: PrefillChunk, block_size: int, window: int | None) -> tuple[int, int, int]:
+    """The earliest position that a chunk's first token can see, and the chunk's blocks from it to the end."""
+    first = 0 if window is None else max(0, chunk.context_len - window + 1)
+    return first, first // block_size, -(-(chunk.context_len + chunk.length) // block_size)
+
+
+def _plan(
     chunks: Sequence[PrefillChunk],
     *,
     num_q_heads: int,
@@ -53,10 +108,6 @@ def plan_prefill_attention(
     dtype: torch.dtype,
     device: torch.device,
 ) -> PrefillPlan:
-    """What every layer with this window reads for these chunks, at least one, and who sees whom.
-
-    dtype: of the queries.  Copies a few numbers to the device and waits for none of them.
-    """
     q_starts, k_starts, k_lengths = [0], [], []
     blocks: list[Tensor] = []
     masks: list[Tensor | None] = []
@@ -64,11 +115,10 @@ def plan_prefill_attention(
     is_cut = False
     flash = _runs_flash(head_dim, dtype, device)
     for chunk in chunks:
-        assert chunk.start == q_starts[-1], "chunks lie side by side"
+        assert chunk.start == chunks[0].start + q_starts[-1], "chunks lie side by side"
         total = chunk.context_len + chunk.length
-        # The earliest position that the chunk's first token can see; blocks before it are not even read.
-        first = 0 if window is None else max(0, chunk.context_len - window + 1)
-        skipped, end = first // block_size, -(-total // block_size)
+        # Blocks before the first position are not even read.
+        first, skipped, end = _seen(chunk, block_size, window)
         blocks.append(chunk.block_ids[skipped:end])
         q_starts.append(q_starts[-1] + chunk.length)
         k_starts.append(num_slots + first - skipped * block_size)
@@ -93,8 +143,17 @@ def plan_prefill_attention(
     )
 
 
-def attend_chunks(q: Tensor, kv: LayerKV, plan: PrefillPlan, *, softmax_scale: float) -> Tensor:
+def attend_chunks(q: Tensor, kv: LayerKV, plans: Sequence[PrefillPlan], *, softmax_scale: float) -> Tensor:
     """Attention of all chunks' tokens q (T, num_q_heads, head_dim), of the same shape."""
+    if len(plans) == 1:
+        return _attend(q, kv, plans[0], softmax_scale)
+    parts = q.split([plan.q_starts[-1] for plan in plans])
+    return torch.cat(
+        [_attend(part, kv, plan, softmax_scale) for part, plan in zip(parts, plans, strict=True)]
+    )
+
+
+def _attend(q: Tensor, kv: LayerKV, plan: PrefillPlan, softmax_scale: float) -> Tensor:
     k = _gathered(kv.k, kv.k_scale, plan.runs, q)
     v = _gathered(kv.v, kv.v_scale, plan.runs, q)
     if plan.starts is not None:

@@ -129,11 +129,11 @@ class DecoderStack:
     def _prefill_planned(
         self, attention: PrefillAttention, hidden: Tensor, kv_cache: KVCache
     ) -> PrefillAttention:
-        """The same for prompt chunks: what is gathered and who sees whom."""
+        """The same for prompt chunks: what is gathered, in how many parts, and who sees whom."""
         config = self.config
         plans = {
             window: plan_prefill_attention(
-                attention.chunks,
+                attention,
                 num_q_heads=config.num_q_heads,
                 num_kv_heads=config.num_kv_heads,
                 head_dim=config.head_dim,

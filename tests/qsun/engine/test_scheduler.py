@@ -630,6 +630,18 @@ def test_the_chunk_whose_logits_give_the_first_token_waits_for_the_plan() -> Non
     driver.drain(20)
 
 
+def test_no_chunk_is_begun_past_an_older_request_without_blocks() -> None:
+    """It may come back with the next plan, and then the chunks of that step are its own."""
+    driver = small_driver(num_blocks=32, token_budget=5)
+    first = driver.submit("alpha", [0] * 8, 2)
+    second = driver.submit("beta", [1] * 8, 2)
+    driver.run_chunk(driver.scheduler.schedule().prefill[0])
+    assert driver.scheduler._preempt(first) and second.state == "prefilling"
+    assert driver.scheduler.next_chunks() == []
+    batch = driver.scheduler.schedule()
+    assert [chunk.sequence for chunk in (*batch.prefill, *batch.rebuild)] == [first]
+
+
 def test_admission_takes_nothing_when_the_pool_runs_short() -> None:
     driver = small_driver(num_blocks=4)
     sequence = driver.submit("alpha", [0] * 8, 1)

@@ -133,11 +133,19 @@ def packed_attention(
     return out, None, None, None, None
 
 
+@pytest.mark.parametrize("max_blocks", [None, 5, 4])
 @pytest.mark.parametrize("packed", [False, True], ids=["a-chunk-at-a-time", "packed"])
 @pytest.mark.parametrize("window", [None, 1, 5, 9, 40])
 @pytest.mark.parametrize("heads", [(4, 2), (5, 1)], ids=str)
-def test_chunks_of_several_sequences_in_one_pass(monkeypatch, heads, window, packed) -> None:
+def test_chunks_of_several_sequences_in_one_pass(monkeypatch, heads, window, packed, max_blocks) -> None:
     """Chunks with and without a context, of lengths that no block divides, beside not-a-number."""
+    gathered: list[int] = []
+    gather = prefill_attention._gathered
+    monkeypatch.setattr(
+        prefill_attention,
+        "_gathered",
+        lambda cache, scale, runs, q: gathered.append(len(runs) // heads[1]) or gather(cache, scale, runs, q),
+    )
     calls = []
     if packed:
         monkeypatch.setattr(prefill_attention, "_runs_flash", lambda *_: True)
@@ -164,11 +172,16 @@ def test_chunks_of_several_sequences_in_one_pass(monkeypatch, heads, window, pac
             start += length
             done[sequence] += length
         x = torch.cat([xs[s][done[s] - length : done[s]] for s, length in step])
-        ctx = ForwardContext(torch.cat(positions), torch.cat(slots), PrefillAttention(tuple(chunks)))
+        attention = PrefillAttention(tuple(chunks), max_blocks)
+        ctx = ForwardContext(torch.cat(positions), torch.cat(slots), attention)
         out = layer(x, ctx, kv, COS_SIN).split([length for _, length in step])
         for (sequence, _), rows in zip(step, out, strict=True):
             got[sequence].append(rows)
-    assert done == lengths and calls == ([14, 5, 9] if packed else [])
+    assert done == lengths and sum(calls) == (28 if packed else 0)
+    if max_blocks is None:
+        assert calls in ([], [14, 5, 9]) and len(gathered) == 6
+    else:
+        assert max(gathered) <= max_blocks
     for rows, x in zip(got, xs, strict=True):
         torch.testing.assert_close(torch.cat(rows).double(), written_out(layer, x), rtol=1e-4, atol=1e-5)
 
@@ -176,8 +189,8 @@ def test_chunks_of_several_sequences_in_one_pass(monkeypatch, heads, window, pac
 def test_a_window_that_hides_nothing_costs_nothing() -> None:
     def plan(context: int) -> PrefillPlan:
         chunk = PrefillChunk(0, 5, context, torch.tensor([2, 0, 1, 3]))
-        return prefill_attention.plan_prefill_attention(
-            [chunk],
+        (plan,) = prefill_attention.plan_prefill_attention(
+            PrefillAttention((chunk,)),
             num_q_heads=4,
             num_kv_heads=2,
             head_dim=D,
@@ -186,6 +199,7 @@ def test_a_window_that_hides_nothing_costs_nothing() -> None:
             dtype=torch.float32,
             device=torch.device("cpu"),
         )
+        return plan
 
     assert (plan(3).window, plan(4).window) == (None, 8)
     assert plan(3).k_lengths == (8,) and plan(10).k_lengths == (12,)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsun.core import PrefillChunk, PrefillPlan
+from qsun.core import PrefillAttention, PrefillChunk, PrefillPlan
 from qsun.kv_cache.tensors import LayerKV
 from qsun.layers.prefill_attention import attend_chunks, plan_prefill_attention
 from qsun_kernels.backends.reference.kv_codes import dequantize_kv, quantize_kv
@@ -54,9 +54,15 @@ def case(
     return q, LayerKV(*caches, *scales), chunks
 
 
-def plan_of(q: Tensor, kv: LayerKV, chunks: Sequence[PrefillChunk], window: int | None) -> PrefillPlan:
+def plans_of(
+    q: Tensor,
+    kv: LayerKV,
+    chunks: Sequence[PrefillChunk],
+    window: int | None,
+    max_blocks: int | None = None,
+) -> tuple[PrefillPlan, ...]:
     return plan_prefill_attention(
-        chunks,
+        PrefillAttention(tuple(chunks), max_blocks),
         num_q_heads=q.shape[1],
         num_kv_heads=kv.k.shape[1],
         head_dim=q.shape[2],
@@ -97,20 +103,21 @@ def exact(q: Tensor, kv: LayerKV, chunks: Sequence[PrefillChunk], window: int | 
 def check(q: Tensor, kv: LayerKV, chunks: Sequence[PrefillChunk], window: int | None) -> None:
     """At most twice as far from float64 as attention with a mask, and the same bits again."""
     scale = q.shape[2] ** -0.5
-    plan = plan_of(q, kv, chunks, window)
+    plans = plans_of(q, kv, chunks, window)
+    (plan,) = plans
     assert plan.starts is not None and not plan.masks
-    got = attend_chunks(q, kv, plan, softmax_scale=scale)
+    got = attend_chunks(q, kv, plans, softmax_scale=scale)
     enabled = torch.backends.cuda.flash_sdp_enabled()
     torch.backends.cuda.enable_flash_sdp(False)
     try:
-        masked = plan_of(q, kv, chunks, window)
+        masked = plans_of(q, kv, chunks, window)
     finally:
         torch.backends.cuda.enable_flash_sdp(enabled)
-    assert masked.starts is None
+    assert masked[0].starts is None
     expected = exact(q, kv, chunks, window)
     theirs = (attend_chunks(q, kv, masked, softmax_scale=scale).double() - expected).norm()
     assert (got.double() - expected).norm() <= 2 * theirs
-    assert torch.equal(attend_chunks(q, kv, plan, softmax_scale=scale), got)
+    assert torch.equal(attend_chunks(q, kv, plans, softmax_scale=scale), got)
 
 
 @pytest.mark.parametrize("window", [None, 1, 100, 4096])
@@ -142,18 +149,37 @@ def test_other_caches(kv_dtype, window) -> None:
 )
 def test_what_flash_attention_does_not_take_is_masked(dtype, head_dim) -> None:
     q, kv, chunks = case("several", (4, 2), head_dim, dtype, None)
-    plan = plan_of(q, kv, chunks, 100)
-    assert plan.starts is None
-    got = attend_chunks(q, kv, plan, softmax_scale=head_dim**-0.5)
+    plans = plans_of(q, kv, chunks, 100)
+    assert plans[0].starts is None
+    got = attend_chunks(q, kv, plans, softmax_scale=head_dim**-0.5)
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(got.double(), exact(q, kv, chunks, 100), rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("window", [None, 100])
+def test_chunks_read_one_after_another_take_the_memory_of_the_longest(window) -> None:
+    """The same attention, from no more of the cache at once than the chunk that sees most of it."""
+    q, kv, chunks = case("several", (32, 8), 128, torch.bfloat16, None)
+    peaks, outputs = [], []
+    for max_blocks in (None, 52):  # 829 positions
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        plans = plans_of(q, kv, chunks, window, max_blocks)
+        outputs.append(attend_chunks(q, kv, plans, softmax_scale=0.1))
+        torch.cuda.synchronize()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        assert len(plans) == (1 if max_blocks is None or window is not None else 3)
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=2e-2, atol=2e-2)
+    if window is None:
+        assert peaks[1] < peaks[0]
+
+
 def test_a_plan_waits_for_nothing_and_no_layer_either() -> None:
     q, kv, chunks = case("several", (32, 8), 128, torch.bfloat16, None)
-    plan_of(q, kv, chunks, None)
+    plans_of(q, kv, chunks, None)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        attend_chunks(q, kv, plan_of(q, kv, chunks, None), softmax_scale=0.1)
+        attend_chunks(q, kv, plans_of(q, kv, chunks, None), softmax_scale=0.1)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -34,10 +34,10 @@ def log(monkeypatch) -> list[str]:
     return entries
 
 
-def read_a_long_prompt_beside_an_answer(make_engine, log) -> list[str]:
+def read_a_long_prompt_beside_an_answer(make_engine, log, params: SamplingParams = LONG) -> list[str]:
     """The log of the calls in which a prompt of several chunks is read while another request decodes."""
     engine = make_engine(overlap="on", prefill_chunk=8)
-    engine.submit([1, 2, 3], model="poet", params=LONG, request_id="old")
+    engine.submit([1, 2, 3], model="poet", params=params, request_id="old")
     for _ in range(4):
         engine.step()
     engine.submit(list(range(1, 33)), model="cook", params=LONG, request_id="new")
@@ -51,6 +51,12 @@ def test_chunks_are_launched_before_the_last_step_is_waited_for(make_engine, log
     entries = read_a_long_prompt_beside_an_answer(make_engine, log)
     # The first chunk needs the admission, which is planned with known tokens; the others wait for nothing.
     assert entries == ["tokens", "prompt", "decode", *(3 * ["prompt", "tokens", "decode"])]
+
+
+def test_a_token_that_the_host_draws_waits_for_no_chunk(make_engine, log) -> None:
+    """It is drawn on the device as well, behind whatever was launched before."""
+    entries = read_a_long_prompt_beside_an_answer(make_engine, log, replace(LONG, logprobs=0))
+    assert entries == 4 * ["tokens", "prompt", "decode"]
 
 
 def test_waiting_before_every_chunk_is_caught(make_engine, log, monkeypatch) -> None:
@@ -67,32 +73,35 @@ def test_without_overlap_nothing_is_begun(make_engine, monkeypatch) -> None:
 
 
 class Event:
-    """A mark on a stream that is reached when somebody waits for it."""
+    """A mark on a stream: when somebody has waited for it, all passes launched before it have ended."""
 
-    def __init__(self, waiting: list[Event]) -> None:
-        self.waiting = waiting
-        waiting.append(self)
+    def __init__(self, under_way: list[int]) -> None:
+        self.under_way = under_way
+        self.before = tuple(under_way)
 
     def synchronize(self) -> None:
-        self.waiting.remove(self)
+        self.under_way[:] = [number for number in self.under_way if number not in self.before]
 
 
 def most_passes_under_way(make_engine, monkeypatch) -> int:
     """Chunks of a lone long prompt that are launched and that nobody has waited for, at most."""
-    waiting: list[Event] = []
-    most = 0
+    under_way: list[int] = []
+    most = launched = 0
     right = Runner.prefill
 
     def watched(self, stack, chunks):
-        nonlocal most
-        most = max(most, len(waiting) + 1)
+        nonlocal most, launched
+        launched += 1
+        under_way.append(launched)
+        most = max(most, len(under_way))
         return right(self, stack, chunks)
 
     monkeypatch.setattr(Runner, "prefill", watched)
-    monkeypatch.setattr(Runner, "mark", lambda self: Event(waiting))
+    monkeypatch.setattr(Runner, "mark", lambda self: Event(under_way))
     engine = make_engine(overlap="on", prefill_chunk=4)
     engine.generate([list(range(1, 60))], model="cook", params=replace(LONG, max_tokens=2))
-    assert not waiting
+    # For the last one a decode step is waited for, which is launched behind it.
+    assert launched == 15 and len(under_way) <= 1
     return most
 
 
