@@ -18,8 +18,8 @@ constexpr int kFewestTileStages = 2, kMostTileStages = 6;
 constexpr int kMostTileSplits = 16;
 constexpr int kGroupColumns = kBlockColumns / 2;  // of a warp in a stage
 
-// From how many tokens on the kernel is taken where there is no kernel of wgmma: from where the streaming kernel
-// falls behind. Below, where that was measured to keep up, this one has yet to be measured.
+// From how many tokens on the kernel is taken where there is no kernel of wgmma: from where the streaming
+// kernel falls behind. Below, where that was measured to keep up, this one has yet to be measured.
 constexpr int kFewestTileTokens = 17;
 
 // Blocks of eight warps of a multiprocessor that registers must allow. Of smaller blocks more fit.
