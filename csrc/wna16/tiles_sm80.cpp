@@ -53,8 +53,8 @@ int fitting_stages(TilesConfig c, const Wna16PanelsParams& p, const DeviceProps&
 
 // What a launch takes, in bytes that a multiprocessor could have read meanwhile as its share of the memory:
 // the longest of reading the weight, of bringing weight and x from the L2 to the multiprocessor that has most
-// blocks, and of its products; and what begins and ends blocks. The constants are those of an H100; an A100's
-// are within a tenth of them.
+// blocks, and of its products; and what begins and ends blocks. The constants are counts for an H100
+// (docs/kernels/wna16.md), not timings.
 double estimate(const Wna16PanelsParams& p, const TilesConfig& c, const DeviceProps& props, int beside) {
   constexpr double kProductBytes = 22;  // of 16 x 16 weights and 8 tokens, on four tensor cores
   constexpr double kStepBytes = 96;     // of the instructions for 16 x 16 weights
