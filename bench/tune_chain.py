@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from qsun_bench import panel_ways, tables
-from qsun_bench.panel_ways import KERNELS, Cell, Kernel, Way
+from qsun_bench.panel_ways import SM90_KERNELS, Cell, Kernel, Way
 from qsun_bench.shapes import SHAPES
 
 MODEL = "llama-3.1-8b"
@@ -80,7 +80,7 @@ def candidates(M: int, lines: Mapping[tuple[Kernel, Cell], Sequence[Way]]) -> Ma
     found: dict[str, Sequence[Launch]] = {}
     for product in PRODUCTS:
         launches: dict[Launch, None] = {}
-        for kernel in KERNELS:
+        for kernel in SM90_KERNELS:
             measured = sorted(
                 one.M for by, one in lines if by == kernel and one.matrix == cell(product, M).matrix
             )
@@ -100,7 +100,7 @@ def start(M: int, folder: Path) -> Chain:
 
 def _faster(place: Cell, folder: Path) -> Launch:
     found: list[tuple[float, Launch]] = []
-    for kernel in KERNELS:
+    for kernel in SM90_KERNELS:
         entries: Mapping[tuple[tuple[int, int], int], tuple[Way, float]]
         entries = panel_ways.table().chosen(kernel, folder)
         # The entry of the next number of tokens.
@@ -185,7 +185,7 @@ def descend(
         taken, way = chain[product]
         us = max(_LEAST_US, now - without)
         adds[product, taken] = way, us
-        for kernel in KERNELS:
+        for kernel in SM90_KERNELS:
             own = {way: us for (by, way), us in times[product].items() if by == kernel}
             if own and kernel != taken:
                 # Slower than the chain's own choice, whatever the noise says: the table takes the faster.

@@ -52,7 +52,8 @@ def add_tune(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--kernel",
         type=option_types.names,
         metavar="NAMES",
-        help="stream, gemm_sm90: only these, comma-separated",
+        help="of stream, gemm_sm90 and tiles_sm80, comma-separated (the first two: tiles_sm80 is for GPUs "
+        "before sm_90, and timed as if this were one)",
     )
     cuda.add_argument(
         "--shape",
@@ -63,6 +64,9 @@ def add_tune(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     cuda.add_argument(
         "--m", type=option_types.integers, default=(), help="only these numbers of tokens, comma-separated"
+    )
+    cuda.add_argument(
+        "--bits", type=option_types.bits, default=(), help="of the weights: 2, 3, 4, 8, comma-separated (4)"
     )
     cuda.add_argument(
         "--chain",
@@ -80,7 +84,7 @@ def tune_wna16(arguments: argparse.Namespace) -> int:
     """Tune the low-bit matmul of one backend on this GPU and write its tables."""
     if arguments.backend == "cuda":
         return _tune_chain(arguments) if arguments.chain else _tune_cuda(arguments)
-    for option in ("kernel", "shape", "m", "chain"):
+    for option in ("kernel", "shape", "m", "bits", "chain"):
         if getattr(arguments, option):
             raise UsageError(f"--{option}: expected only with --backend cuda")
     return _tune_triton(arguments)
@@ -130,17 +134,18 @@ def _cuda_folder(arguments: argparse.Namespace) -> Path:
 def _tune_cuda(arguments: argparse.Namespace) -> int:
     from qsun_bench import panel_ways, tune_panels, tune_panels_device
 
-    kernels = arguments.kernel or panel_ways.KERNELS
+    kernels = arguments.kernel or panel_ways.SM90_KERNELS
+    widths = arguments.bits or (panel_ways.table().MAIN_BITS,)
     for name in kernels:
         if name not in panel_ways.KERNELS:
             raise UsageError(f"--kernel: got {name!r}, expected some of {', '.join(panel_ways.KERNELS)}")
+        if not set(widths) <= set(panel_ways.BITS[name]):
+            raise UsageError(f"--bits: got {widths}, expected with {name} some of {panel_ways.BITS[name]}")
     shapes = arguments.shape or (("llama-3.1-8b.o",) if arguments.quick else ("decode7",))
-    todo = tune_panels.plan(kernels, shapes, arguments.m)
+    todo = tune_panels.plan(kernels, shapes, arguments.m, widths)
     if not todo:
-        raise UsageError(
-            f"--m: got {', '.join(map(str, arguments.m))}, expected some of {panel_ways.STREAM_TOKENS} for "
-            f"stream, {panel_ways.GEMM_TOKENS} for gemm_sm90"
-        )
+        expected = ", ".join(f"{panel_ways.TOKENS[name]} for {name}" for name in kernels)
+        raise UsageError(f"--m: got {', '.join(map(str, arguments.m))}, expected some of {expected}")
     folder = _cuda_folder(arguments)
     device = torch.device("cuda", torch.cuda.current_device())
     end = time.monotonic() + arguments.budget
@@ -178,7 +183,7 @@ def _say(refusals: Sequence[_Refusal]) -> None:
 def _tune_chain(arguments: argparse.Namespace) -> int:
     from qsun_bench import panel_ways, tune_chain, tune_layer_device, tune_panels, tune_panels_device
 
-    for option in ("kernel", "shape"):
+    for option in ("kernel", "shape", "bits"):
         if getattr(arguments, option):
             raise UsageError(f"--{option}: expected without --chain")
     tokens = arguments.m or (tune_chain.TOKENS[:1] if arguments.quick else tune_chain.TOKENS)
@@ -187,7 +192,7 @@ def _tune_chain(arguments: argparse.Namespace) -> int:
     folder = _cuda_folder(arguments)
     device = torch.device("cuda", torch.cuda.current_device())
     source = folder if (folder / "gemm_sm90_sweep.txt").exists() else panel_ways.SOURCE
-    texts = {kernel: (source / f"{kernel}_sweep.txt").read_text() for kernel in panel_ways.KERNELS}
+    texts = {kernel: (source / f"{kernel}_sweep.txt").read_text() for kernel in panel_ways.SM90_KERNELS}
     lines = tune_chain.sweep_lines(texts)
     end = time.monotonic() + arguments.budget
     trials = tune_layer_device.LayerTrials(device)

@@ -50,7 +50,7 @@ class LayerTrials:
         self._weights: dict[str, Sequence[PreparedWeight]] = {}
         for product, cell in cells.items():
             operator: LinearOperator = "wna16_gate_up_silu" if product == "gate_up" else "wna16_linear"
-            self._weights[product] = weight_copies(cell.N, cell.K, operator, self._layers, device)
+            self._weights[product] = weight_copies(cell, operator, self._layers, device)
         source = generator(device, "layer")
         hidden, head_dim = self._shape.hidden, self._shape.head_dim
         self._norms = [torch.ones(hidden, dtype=DTYPE, device=device) for _ in range(self._layers)]

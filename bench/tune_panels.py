@@ -1,12 +1,14 @@
 """`qsun-bench tune wna16 --backend cuda`: the fastest ways to launch the matmuls on panel weights.
 
-For each kernel, weight and number of tokens every candidate is checked and timed briefly; the fastest few are
-timed again, in turn and after a while of the same load, and written to the sweep that the library's table of
-choices is made from (csrc/wna16/choices_table.py). Cells that were not measured keep their lines.
+For each kernel, weight, width of its codes and number of tokens every candidate is checked and timed briefly;
+the fastest few are timed again, in turn and after a while of the same load, and written to the sweep that the
+library's table of choices is made from (csrc/wna16/choices_table.py). Cells that were not measured keep their
+lines.
 """
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,10 +32,13 @@ _ABOUT: Mapping[Kernel, str] = {
     "or 0: a block for every row_tiles of them.",
     "gemm_sm90": "Ways to launch wna16_gemm_sm90_kernel, up to the {kept} fastest of each matrix and number "
     "of tokens: K N M {fields} us.",
+    "tiles_sm80": "Ways to launch wna16_tiles_sm80_kernel, up to the {kept} fastest of each matrix and "
+    "number of tokens: K N M {fields} us. Forced on a GPU that would take gemm_sm90, with no more shared "
+    "memory than an A100 has.",
 }
 HOW = (
-    "W4, bfloat16, groups of 128, symmetric; CUDA-graph replays with programmatic dependent launch over "
-    f"copies that overflow the L2 three times, random data, after {LOAD_MS:.0f} ms of the same load."
+    "W{bits}, bfloat16, groups of 128, symmetric; CUDA-graph replays {how} programmatic dependent launch "
+    f"over copies that overflow the L2 three times, random data, after {LOAD_MS:.0f} ms of the same load."
 )
 
 
@@ -80,23 +85,30 @@ class Found:
 
 
 def plan(
-    kernels: Sequence[Kernel], shapes: Sequence[str], tokens: Sequence[int]
+    kernels: Sequence[Kernel], shapes: Sequence[str], tokens: Sequence[int], widths: Sequence[int]
 ) -> Sequence[tuple[Kernel, Cell]]:
-    """What is measured: every kernel at every matrix, at its own numbers of tokens or those of `tokens`."""
+    """What is measured: every kernel at every matrix of each width, at its own numbers of tokens or those of
+    `tokens`.
+    """
     found = []
     for sizes, name in matrices(shapes):
         N, K = sizes.linears[name]
-        for kernel in kernels:
-            own = panel_ways.STREAM_TOKENS if kernel == "stream" else panel_ways.GEMM_TOKENS
-            found += [(kernel, Cell(K, N, M)) for M in own if not tokens or M in tokens]
+        for bits, kernel in itertools.product(widths, kernels):
+            own = [M for M in panel_ways.TOKENS[kernel] if not tokens or M in tokens]
+            found += [(kernel, Cell(K, N, M, bits)) for M in own]
     return list(dict.fromkeys(found))
 
 
-def in_use(kernel: Kernel, cell: Cell, folder: Path) -> Way | None:
-    """The way that the table made from `folder` has for a cell."""
-    found: Mapping[tuple[tuple[int, int], int], tuple[Way, float]] = panel_ways.table().chosen(kernel, folder)
-    entry = found.get((cell.matrix, cell.M))
-    return None if entry is None else entry[0]
+def in_use(kernel: Kernel, cell: Cell, folder: Path, machine: Machine) -> Way | None:
+    """The way that the table made from `folder` has for a cell: of its own width, or else W4's. Where it has
+    neither, tiles_sm80 is launched by the library's estimate.
+    """
+    for bits in dict.fromkeys((cell.bits, panel_ways.table().MAIN_BITS)):
+        found: Mapping[tuple[tuple[int, int], int], tuple[Way, float]]
+        found = panel_ways.table().chosen(kernel, folder, bits)
+        if (entry := found.get((cell.matrix, cell.M))) is not None:
+            return entry[0]
+    return machine.estimate(cell) if kernel == "tiles_sm80" else None
 
 
 def search(kernel: Kernel, cell: Cell, machine: Machine, trials: Trials, before: Way | None) -> Found:
@@ -124,9 +136,9 @@ def search(kernel: Kernel, cell: Cell, machine: Machine, trials: Trials, before:
     return Found(kernel, cell, before, ways, refusals)
 
 
-def sweep_text(kernel: Kernel, old: str, new: Sequence[Found], where: str) -> str:
-    """The sweep with the new cells in the place of the old. where: device and date of the new ones."""
-    measured = {found.cell: found.ways for found in new if found.kernel == kernel and found.ways}
+def sweep_text(kernel: Kernel, bits: int, old: str, new: Sequence[Found], where: str) -> str:
+    """The sweep of a width with the new cells in the place of the old. where: device and date of the new."""
+    measured = _measured(kernel, bits, new)
     kept: dict[Cell, list[str]] = {}
     notes = []
     for line in old.splitlines():
@@ -134,12 +146,13 @@ def sweep_text(kernel: Kernel, old: str, new: Sequence[Found], where: str) -> st
             notes.append(line)
             continue
         K, N, M = map(int, line.split()[:3])
-        if Cell(K, N, M) not in measured:
-            kept.setdefault(Cell(K, N, M), []).append(line)
+        cell = Cell(K, N, M, bits)
+        if cell not in measured:
+            kept.setdefault(cell, []).append(line)
     if not notes:
-        notes = _comment(
-            _ABOUT[kernel].format(kept=KEPT, fields=" ".join(panel_ways.fields(kernel))) + " " + HOW
-        )
+        about = _ABOUT[kernel].format(kept=KEPT, fields=" ".join(panel_ways.fields(kernel)))
+        how = "without" if kernel == "tiles_sm80" else "with"
+        notes = _comment(f"{about} {HOW.format(bits=bits, how=how)}")
     if measured:
         notes += _comment(f"{where}: " + ", ".join(map(str, sorted(measured))) + ".")
     for cell, ways in measured.items():
@@ -147,6 +160,10 @@ def sweep_text(kernel: Kernel, old: str, new: Sequence[Found], where: str) -> st
             " ".join(map(str, (cell.K, cell.N, cell.M, *way))) + f" {us:.3f}" for way, us in ways.items()
         ]
     return "\n".join([*notes, *(line for cell in sorted(kept) for line in kept[cell]), ""])
+
+
+def _measured(kernel: Kernel, bits: int, new: Sequence[Found]) -> Mapping[Cell, Mapping[Way, float]]:
+    return {one.cell: one.ways for one in new if one.kernel == kernel and one.cell.bits == bits and one.ways}
 
 
 def _comment(text: str) -> list[str]:
@@ -159,10 +176,13 @@ def write(folder: Path, new: Sequence[Found], where: str) -> Sequence[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for kernel in panel_ways.KERNELS:
-        path = folder / f"{kernel}_sweep.txt"
-        old = (path if path.exists() else panel_ways.SOURCE / path.name).read_text()
-        path.write_text(sweep_text(kernel, old, new, where))
+    for kernel, bits in itertools.product(panel_ways.KERNELS, panel_ways.table().BITS):
+        path = folder / panel_ways.table().sweep_name(kernel, bits)
+        before = path if path.exists() else panel_ways.SOURCE / path.name
+        if not before.exists() and not _measured(kernel, bits, new):
+            continue
+        old = before.read_text() if before.exists() else ""
+        path.write_text(sweep_text(kernel, bits, old, new, where))
         written.append(path)
     written.append(write_table(folder))
     return written
@@ -170,9 +190,9 @@ def write(folder: Path, new: Sequence[Found], where: str) -> Sequence[Path]:
 
 def write_table(folder: Path) -> Path:
     """Make the table of choices from the sweeps of `folder`."""
-    for name in (panel_ways.table().CHAIN, "tiles_sm80_sweep.txt"):
-        if not (folder / name).exists() and (panel_ways.SOURCE / name).exists():
-            (folder / name).write_text((panel_ways.SOURCE / name).read_text())
+    chain = panel_ways.table().CHAIN
+    if not (folder / chain).exists() and (panel_ways.SOURCE / chain).exists():
+        (folder / chain).write_text((panel_ways.SOURCE / chain).read_text())
     path = folder / "choices_table.h"
     path.write_text(panel_ways.table().header(folder))
     return path
@@ -187,22 +207,22 @@ def tune(
 ) -> Iterator[Found]:
     """Each cell as it is done, until the time is over.
 
-    trials_of: the trials of a matrix (the cell's, whatever its M) for up to so many tokens.
+    trials_of: the trials of a weight (the cell's, whatever its M) for up to so many tokens.
     folder: whose sweeps hold the ways in use.
     """
-    by_matrix: dict[tuple[int, int], list[tuple[Kernel, Cell]]] = {}
+    by_weight: dict[tuple[int, int, int], list[tuple[Kernel, Cell]]] = {}
     for kernel, cell in todo:
-        by_matrix.setdefault(cell.matrix, []).append((kernel, cell))
+        by_weight.setdefault(cell.weight, []).append((kernel, cell))
     # The largest say least that the others do not, and take longest.
-    for matrix in sorted(by_matrix, key=lambda sizes: sizes[0] * sizes[1]):
+    for weight in sorted(by_weight, key=lambda sizes: sizes[0] * sizes[1]):
         if is_over():
             return
-        members = by_matrix[matrix]
+        members = by_weight[weight]
         trials = trials_of(members[0][1], max(cell.M for _, cell in members))
         for kernel, cell in members:
             if is_over():
                 return
-            yield search(kernel, cell, machine, trials, in_use(kernel, cell, folder))
+            yield search(kernel, cell, machine, trials, in_use(kernel, cell, folder, machine))
         del trials
 
 

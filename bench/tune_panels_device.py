@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,10 +22,9 @@ from qsun_bench.tune_panels import LOAD_MS
 from qsun_bench.tune_reference import error_of, float32_product
 from qsun_kernels.backends.cuda import library, linear
 from qsun_kernels.backends.problems import LinearOperator, PreparedWeight
-from qsun_kernels.quant import QuantSpec
+from qsun_kernels.quant import Bits, PackedWeight, QuantSpec
 from qsun_kernels.testing.timing import copies_to_overflow
 
-_SPEC = QuantSpec(4, 128, True)
 DTYPE = torch.bfloat16
 
 _GLANCE_US, _REFINE_US = 1500.0, 2000.0  # about how long a row of launches is
@@ -48,27 +48,45 @@ def why_not() -> str | None:
 
 def machine(device: torch.device) -> Machine:
     """What candidates depend on, of this GPU and the library as it is built."""
-    props = library.device_props(device.index or 0)
-    return machine_of(props.sm_count, props.shared_memory_per_block)
+    return machine_of(library.device_props(device.index or 0))
 
 
-def machine_of(sm_count: int, shared_memory: int) -> Machine:
+def machine_of(props: library.binding.DeviceProps) -> Machine:
     """The same of a GPU with these properties."""
+    before_sm90 = library.binding.DeviceProps(
+        compute_major=8,
+        compute_minor=0,
+        sm_count=props.sm_count,
+        shared_memory_per_block=panel_ways.SM80_SHARED_MEMORY,
+        l2_bytes=props.l2_bytes,
+    )
 
     def shared_bytes(kernel: Kernel, cell: Cell, way: Way) -> int:
         needed: int = library.binding.wna16_panels_shared_bytes(
-            cell.M, cell.N, cell.K, 4, 1, False, config(kernel, cell, way, sm_count)
+            cell.M, cell.N, cell.K, cell.bits, 1, False, config(kernel, cell, way, props.sm_count)
         )
         return needed
 
-    return Machine(sm_count, shared_memory, library.binding.wna16_gemm_tiles(), shared_bytes)
+    def estimate(cell: Cell) -> Way:
+        chosen = library.binding.choose_wna16_tiles(cell.M, cell.N, cell.K, cell.bits, 1, False, before_sm90)
+        return tuple(getattr(chosen, name) for name in panel_ways.fields("tiles_sm80"))
+
+    return Machine(
+        props.sm_count,
+        props.shared_memory_per_block,
+        library.binding.wna16_gemm_tiles(),
+        shared_bytes,
+        estimate,
+    )
 
 
 def config(
     kernel: Kernel, cell: Cell, way: Way, sm_count: int
-) -> library.binding.StreamConfig | library.binding.GemmConfig:
+) -> library.binding.StreamConfig | library.binding.GemmConfig | library.binding.TilesConfig:
     """The library's configuration for a way."""
     made_of = panel_ways.settings(kernel, cell, way, sm_count)
+    if kernel == "tiles_sm80":
+        return library.binding.TilesConfig(**made_of)
     if kernel == "gemm_sm90":
         return library.binding.GemmConfig(**made_of)
     return library.binding.StreamConfig(**made_of)
@@ -79,11 +97,19 @@ def where(device: torch.device) -> str:
     return f"{torch.cuda.get_device_name(device)}, {datetime.date.today().isoformat()}"
 
 
+def _random_weight(cell: Cell, source: torch.Generator) -> PackedWeight:
+    return random_packed_weight(cell.N, cell.K, QuantSpec(cast(Bits, cell.bits), 128, True), DTYPE, source)
+
+
+def _source(cell: Cell, device: torch.device) -> torch.Generator:
+    return generator(device, "tune", cell.bits, cell.N, cell.K)
+
+
 def weight_copies(
-    N: int, K: int, operator: LinearOperator, count: int | None, device: torch.device
+    cell: Cell, operator: LinearOperator, count: int | None, device: torch.device
 ) -> Sequence[PreparedWeight]:
-    """A random weight in so many copies, or as many as overflow the cache."""
-    packed = random_packed_weight(N, K, _SPEC, DTYPE, generator(device, "tune", 4, N, K))
+    """A random weight of the cell's size and width in so many copies, or as many as overflow the cache."""
+    packed = _random_weight(cell, _source(cell, device))
     prepare = linear.prepare_gate_up if operator == "wna16_gate_up_silu" else linear.prepare
     first = prepare(packed, DTYPE)
     more = (copies_to_overflow(first.nbytes, device) if count is None else count) - 1
@@ -94,12 +120,12 @@ class RowTrials:
     """One weight with as many copies as overflow the cache, activations, and what is right for them."""
 
     def __init__(self, cell: Cell, most_tokens: int, device: torch.device) -> None:
-        source = generator(device, "tune", 4, cell.N, cell.K)
-        packed = random_packed_weight(cell.N, cell.K, _SPEC, DTYPE, source)
+        source = _source(cell, device)
+        packed = _random_weight(cell, source)
         self._x = torch.randn(most_tokens, cell.K, device=device, generator=source).to(DTYPE)
         self._reference = float32_product(self._x, packed)
         del packed
-        self._weights = weight_copies(cell.N, cell.K, "wna16_linear", None, device)
+        self._weights = weight_copies(cell, "wna16_linear", None, device)
         self._sm_count = library.device_props(device.index or 0).sm_count
         # `clone` returns before it has written, and the kernels read a weight early.
         torch.cuda.synchronize(device)

@@ -8,6 +8,9 @@ the fastest of its own number of tokens and of all larger ones, so the time neve
 A block of the streaming kernel takes less shared memory for fewer tokens, and so more of them come together:
 what was measured holds for its own number alone.
 
+KERNEL_sweep.txt is of W4, KERNEL_w2_sweep.txt of W2, and so on: times and ways are those of one width. Other
+widths than W4 may be missing, or hold fewer matrices.
+
 chain_sweep.txt, where it exists, holds the best way of each product of a decoder layer behind and before the
 other products of the layer. What runs before a launch decides how much of its weight is read early, which
 rows of one product do not show; so the chain's way counts for its matrix and number of tokens. Its time is
@@ -24,6 +27,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 TABLE = HERE / "choices_table.h"
 CHAIN = "chain_sweep.txt"
+BITS = (2, 3, 4, 8)
+MAIN_BITS = 4
+"""The width whose sweeps hold every matrix, and that of the chain."""
+
 # Of each kernel: what its way is made of, in the order of the sweep's columns.
 WAYS = {
     "stream": ("token_tiles", "row_tiles", "warps", "stages", "copy_engine", "waves"),
@@ -61,9 +68,16 @@ def fastest(sweep: str, *, serves_fewer: bool) -> dict[tuple[Matrix, int], tuple
     return found
 
 
-def fastest_of(kernel: str, folder: Path = HERE) -> dict[tuple[Matrix, int], tuple[Way, float]]:
+def sweep_name(kernel: str, bits: int = MAIN_BITS) -> str:
+    """The file of a kernel's ways for weights of a width."""
+    return f"{kernel}_sweep.txt" if bits == MAIN_BITS else f"{kernel}_w{bits}_sweep.txt"
+
+
+def fastest_of(
+    kernel: str, folder: Path = HERE, bits: int = MAIN_BITS
+) -> dict[tuple[Matrix, int], tuple[Way, float]]:
     """fastest() of a kernel's own sweep; nothing without one."""
-    path = folder / f"{kernel}_sweep.txt"
+    path = folder / sweep_name(kernel, bits)
     return fastest(path.read_text(), serves_fewer=kernel in SERVE_FEWER) if path.exists() else {}
 
 
@@ -80,23 +94,27 @@ def in_chain(kernel: str, folder: Path = HERE) -> dict[tuple[Matrix, int], tuple
     return fastest("\n".join(own), serves_fewer=False)
 
 
-def chosen(kernel: str, folder: Path = HERE) -> dict[tuple[Matrix, int], tuple[Way, float]]:
+def chosen(
+    kernel: str, folder: Path = HERE, bits: int = MAIN_BITS
+) -> dict[tuple[Matrix, int], tuple[Way, float]]:
     """What the table holds: the chain's way where there is one, for that is how kernels are used."""
-    return {**fastest_of(kernel, folder), **in_chain(kernel, folder)}
+    chain = in_chain(kernel, folder) if bits == MAIN_BITS else {}
+    return {**fastest_of(kernel, folder, bits), **chain}
 
 
 def rows(kernel: str, folder: Path) -> list[str]:
     return [
-        f"    {{{K}, {N}, {M}, {us:.2f}f, {', '.join(map(str, way))}}},"
-        for ((K, N), M), (way, us) in sorted(chosen(kernel, folder).items())
+        f"    {{{bits}, {K}, {N}, {M}, {us:.2f}f, {', '.join(map(str, way))}}},"
+        for bits in BITS
+        for ((K, N), M), (way, us) in sorted(chosen(kernel, folder, bits).items())
     ]
 
 
 def header(folder: Path = HERE) -> str:
     """The text of choices_table.h, from the files of `folder`."""
     lines = [
-        "// Written by choices_table.py from KERNEL_sweep.txt and chain_sweep.txt: the fastest way of each",
-        "// kernel as measured on an H100, and its microseconds.",
+        "// Written by choices_table.py from the sweeps beside it: the fastest way of each kernel as",
+        "// measured on an H100, and its microseconds.",
         "#pragma once",
         "",
         "#include <array>",
@@ -108,7 +126,7 @@ def header(folder: Path = HERE) -> str:
         lines += [
             "",
             f"struct {TYPES[kernel]} {{",
-            "  int K, N, M;",
+            "  int bits, K, N, M;",
             "  float us;",
             f"  int {', '.join(fields)};",
             "};",

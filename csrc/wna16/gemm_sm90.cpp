@@ -28,8 +28,6 @@ bool gemm_can_read(const Wna16PanelsParams& p) { return wide({p.x}, {p.x_stride 
 namespace {
 
 constexpr int kReservedBytes = 1024;  // of shared memory, by the system, a block
-// A block of the format that was measured: W4 in symmetric groups of 128.
-constexpr int kMeasuredBlockBytes = block_bytes(4, 1, false);
 
 int64_t num_blocks(const Wna16PanelsParams& p, const GemmConfig& c) {
   return ceil_div(ceil_div(p.N, kBlockRows), c.warp_groups) * ceil_div(p.M, c.token_tile) * c.split_k;
@@ -55,14 +53,15 @@ GemmConfig with_stages(const GemmConfig& c, const Wna16PanelsParams& p, const De
 
 // The measured stages; of another format, those that leave room for as many blocks as the measured ones did.
 GemmConfig with_measured_stages(GemmConfig c, const Wna16PanelsParams& p, const DeviceProps& props,
-                                int measured) {
-  c.stages = measured;
+                                const GemmMeasured& measured) {
+  c.stages = measured.stages;
+  const int measured_bytes = block_bytes(measured.bits, 1, false);  // symmetric groups of 128
   const int room = props.shared_memory_per_block + kReservedBytes;
-  const int taken = gemm_shared_bytes(c, kMeasuredBlockBytes) + kReservedBytes;
+  const int taken = gemm_shared_bytes(c, measured_bytes) + kReservedBytes;
   const int blocks = std::clamp(room / taken, 1, gemm_blocks_per_sm(c.token_tile, c.warp_groups));
   c = with_stages(c, p, props, blocks);
-  if (block_bytes(p.bits, p.groups_per_block, p.has_zeros) <= kMeasuredBlockBytes) {
-    c.stages = std::min(c.stages, measured);
+  if (block_bytes(p.bits, p.groups_per_block, p.has_zeros) <= measured_bytes) {
+    c.stages = std::min(c.stages, measured.stages);
   }
   return c;
 }
@@ -86,7 +85,7 @@ GemmConfig choose_gemm(const Wna16PanelsParams& p, const DeviceProps& props) {
   c.token_tile = best->token_tile, c.warp_groups = best->warp_groups;
   c.split_k = static_cast<int>(std::min<int64_t>(best->split_k, p.column_blocks));
   c.adds_in_cluster = best->in_cluster != 0 && c.split_k > 1;
-  return with_measured_stages(c, p, props, best->stages);
+  return with_measured_stages(c, p, props, *best);
 }
 
 }  // namespace qsun

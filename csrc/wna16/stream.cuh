@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(max_stream_warps(kTokenTiles, kRowTiles, kBits
     const int x_rows = min(static_cast<int>(a.p.M) - m0, a.x_rows);
     const uint32_t stage_bytes = a.memory.stage_bytes;
     const uint32_t ring = shared + kHeadBytes + warp * a.memory.ring_bytes;
-    const uint32_t barriers = shared + warp * kMaxStreamStages * kBarrierBytes;
+    const uint32_t barriers = shared + warp * a.stages * kBarrierBytes;
     // Blocks that run at once begin at different columns: all reading the same x at the same time would have
     // the few slices of the L2 that hold it answer one after another.
     const int own_blocks = warp < a.column_blocks ? (a.column_blocks - warp - 1) / warps + 1 : 1;

@@ -18,8 +18,12 @@ constexpr int kXRowBytes = kBlockColumns * 2 + 16;  // of x in shared memory; pa
                                                     // lie in different banks
 
 // Shared memory of a block: the barriers of the warps' rings, the rings, and the warps' sums.
-constexpr int kMaxStreamStages = 4;
-constexpr int kHeadBytes = kMaxStreamWarps * kMaxStreamStages * kBarrierBytes;
+constexpr int kMaxStreamBarriers = 64;  // of all rings: warps * stages
+constexpr int kHeadBytes = kMaxStreamBarriers * kBarrierBytes;
+
+// Stages of a warp's ring. Narrow codes want more of them, for as many bytes in flight; each costs a
+// comparison where lanes copy (stream_copies.cuh), so those have no more than wide codes want.
+constexpr int max_stream_stages(bool copy_engine) { return copy_engine ? 8 : 4; }
 
 // Warps that a block may have: as many as leave registers for the next kernel's blocks.
 QSUN_HOST_DEVICE constexpr int max_stream_warps(int token_tiles, int row_tiles, int bits) {

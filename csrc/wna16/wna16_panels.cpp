@@ -68,8 +68,7 @@ bool has_gemm(const DeviceProps& props) {
 
 bool uses_gemm(const Wna16PanelsParams& p, const DeviceProps& props) {
   if (!has_gemm(props) || p.batch_invariant || !gemm_can_read(p)) return false;
-  const StreamMeasured* stream = most_similar(kStreamMeasured, p);
-  return stream == nullptr || most_similar(kGemmMeasured, p)->us < stream->us;
+  return gemm_is_faster(kStreamMeasured, kGemmMeasured, p);
 }
 
 bool uses_tiles(const Wna16PanelsParams& p, const DeviceProps& props) {
@@ -85,6 +84,7 @@ StreamMeasured unmeasured_stream(const Wna16PanelsParams& p) {
   // with four row tiles one token tile or two give the same bits.
   way.token_tiles = p.M <= kTokens ? 1 : p.M <= 2 * kTokens || p.batch_invariant ? 2 : 4;
   way.row_tiles = 4, way.warps = kMaxStreamWarps / 2, way.stages = 2, way.copy_engine = 1;
+  way.bits = kMainBits;
   return way;
 }
 
@@ -103,7 +103,7 @@ StreamConfig choose_stream(const Wna16PanelsParams& p, const DeviceProps& props)
       static_cast<int>(way.waves == 0 ? fewest : std::min<int64_t>(tiles, way.waves * props.sm_count));
   const int most_warps = std::min(way.warps, max_stream_warps(c.token_tiles, c.row_tiles, p.bits));
   c.warps = static_cast<int>(std::clamp<int64_t>(p.column_blocks, 1, most_warps));
-  c.stages = way.stages;
+  c.stages = std::min(way.stages, max_stream_stages(c.copy_engine));
   // Half of the shared memory, for the other half is the next kernel's; more where the measured format took
   // more. A format that needs more than it has fewer stages, then fewer warps, which in a batch-invariant
   // call may not depend on M.
@@ -111,7 +111,7 @@ StreamConfig choose_stream(const Wna16PanelsParams& p, const DeviceProps& props)
   StreamConfig widest = c;
   if (p.batch_invariant) own.M = 2 * kTokens, widest.token_tiles = 2;
   Wna16PanelsParams as_measured = own;
-  as_measured.bits = 4, as_measured.groups_per_block = 1, as_measured.has_zeros = false;
+  as_measured.bits = way.bits, as_measured.groups_per_block = 1, as_measured.has_zeros = false;
   const int half = (props.shared_memory_per_block + 1024) / 2 - 1024;
   const int allowed =
       std::min(std::max(half, StreamMemory(as_measured, widest).total), props.shared_memory_per_block);
@@ -119,7 +119,7 @@ StreamConfig choose_stream(const Wna16PanelsParams& p, const DeviceProps& props)
     widest.warps = c.warps, widest.stages = c.stages;
     return StreamMemory(own, widest).total > allowed;
   };
-  if (takes_more()) c.stages = 2;
+  while (takes_more() && c.stages > 2) --c.stages;
   while (takes_more() && c.warps > 1) --c.warps;
   return c;
 }
@@ -194,7 +194,8 @@ Status check(const Wna16PanelsParams& p, const StreamConfig& c, const DeviceProp
   checks.at_most("warps", c.warps, max_stream_warps(c.token_tiles, c.row_tiles, p.bits));
   checks.at_least("row_blocks", c.row_blocks, 1)
       .at_most("row_blocks", c.row_blocks, ceil_div(p.N, kTileRows));
-  checks.at_least("stages", c.stages, 2).at_most("stages", c.stages, kMaxStreamStages);
+  checks.at_least("stages", c.stages, 2).at_most("stages", c.stages, max_stream_stages(c.copy_engine));
+  checks.at_most("warps * stages", c.warps * c.stages, kMaxStreamBarriers);
   const bool is_hopper = props.compute_major >= 9;
   checks.require(!c.overlaps_producer || is_hopper, "overlaps_producer", "yes", "no below sm_90");
   checks.require(!c.copy_engine || is_hopper, "copy_engine", "yes", "no below sm_90");

@@ -55,7 +55,9 @@ struct StreamConfig {
   // Of a block; they take its columns in turn: 1 to 8, to 16 for one token tile, 2 row tiles and fewer than 8
   // bits.
   int warps = 8;
-  int stages = 2;                 // blocks of 128 columns that a warp has in flight or in use: 2, 3 or 4
+  // Blocks of 128 columns that a warp has in flight or in use: 2 to 8, to 4 without the copy engine; of all
+  // warps at most 64.
+  int stages = 2;
   bool copy_engine = true;        // copies by the copy engine; false below sm_90
   bool overlaps_producer = true;  // programmatic dependent launch; false below sm_90
 };

@@ -95,8 +95,13 @@ def test_x_far_from_zero(kernels, bits, dtype, group_size, symmetric) -> None:
 
 
 @pytest.mark.parametrize("warps", (1, 3, 8))
-@pytest.mark.parametrize("stages", (2, 3, 4))
-@pytest.mark.parametrize("copy_engine", (False, True), ids=("lanes", "engine"))
+@pytest.mark.parametrize(
+    ("stages", "copy_engine"),
+    [
+        *(pytest.param(stages, False, id=f"{stages}-lanes") for stages in (2, 3, 4)),
+        *(pytest.param(stages, True, id=f"{stages}-engine") for stages in (2, 3, 4, 5, 8)),
+    ],
+)
 @pytest.mark.parametrize("K", (1000, 1024))
 def test_ways_to_cut_the_work(kernels, warps, stages, copy_engine, K) -> None:
     """More warps than column blocks, several turns a block, row tiles across row blocks: every element once.
@@ -226,7 +231,8 @@ def test_what_is_chosen_can_be_launched(extension, gpu) -> None:
                         c = extension.choose_wna16_stream(M, N, K, bits, groups, True, invariant, props)
                         tiles = -(-N // 16)
                         assert (c.token_tiles, c.row_tiles) in INSTANCES
-                        assert 1 <= c.row_blocks <= tiles and c.stages in (2, 3, 4)
+                        assert 1 <= c.row_blocks <= tiles
+                        assert 2 <= c.stages <= (8 if c.copy_engine else 4) and c.warps * c.stages <= 64
                         assert 1 <= c.warps <= (16 if c.token_tiles == 1 and c.row_tiles <= 2 else 8)
                         assert c.overlaps_producer == (gpu is H100) and c.copy_engine <= (gpu is H100)
                         if invariant:
@@ -261,8 +267,12 @@ def test_a_configuration_that_is_not_compiled_is_refused(kernels) -> None:
         ({"token_tiles": 5, "row_tiles": 4, "row_blocks": 1}, "token_tiles is 5"),
         ({"token_tiles": 4, "row_tiles": 2, "row_blocks": 1}, "row_tiles is 2"),
         ({"token_tiles": 1, "row_tiles": 2, "row_blocks": 3}, "row_blocks is 3"),
-        ({"token_tiles": 1, "row_tiles": 2, "row_blocks": 1, "stages": 5}, "stages is 5"),
+        ({"token_tiles": 1, "row_tiles": 2, "row_blocks": 1, "stages": 5}, "stages is 5; expected at most 4"),
         ({"token_tiles": 1, "row_tiles": 2, "row_blocks": 1, "warps": 17}, "warps is 17"),
+        (
+            {"token_tiles": 1, "row_tiles": 2, "row_blocks": 1, "warps": 9, "stages": 8, "copy_engine": True},
+            r"warps \* stages is 72; expected at most 64",
+        ),
     ):
         with pytest.raises(KernelLaunchError, match=message):
             stream(kernels, x, weight, **wrong)
