@@ -17,6 +17,7 @@
 
 #include "attention/codes_rows.cuh"
 #include "attention/results.cuh"
+#include "device/arrival.cuh"
 #include "device/dependent_launch.cuh"
 #include "runtime/launch.h"
 
@@ -291,15 +292,13 @@ __global__ void __launch_bounds__((kCodesShape<kCodes, kHeadDim, kRows>.warps * 
     if (first_part == last_part) continue;
 
     // Parts: the last one to come puts them together
-    __threadfence();
     __syncthreads();
     int32_t* counter = a.plan.counters + share.head * a.p.batch + share.request;
     if (thread == 0) {
-      store_shared_u32(is_last_place, atomicAdd(counter, 1) == last_part - first_part ? 1 : 0);
+      store_shared_u32(is_last_place, arrive_in_order(counter) == last_part - first_part ? 1 : 0);
     }
     __syncthreads();
     if (load_shared_u32(is_last_place) != 0) {
-      __threadfence();
       with_results([&](const auto& results) { results.merge(warp, kWarps, lane); });
       if (thread == 0) *counter = 0;
     }

@@ -24,6 +24,7 @@
 #pragma once
 
 #include "attention/results.cuh"
+#include "device/arrival.cuh"
 #include "device/dependent_launch.cuh"
 #include "runtime/launch.h"
 
@@ -260,17 +261,15 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
     if (results.is_whole()) continue;
 
     // Parts: the last one to come puts them together
-    __threadfence();
     __syncthreads();
     int32_t* counter = a.plan.counters + share.head * a.p.batch + share.request;
     const int others = results.last_part - results.first_part;
     if (thread == 0) {
-      const bool is_last = others == 0 || atomicAdd(counter, 1) == others;
+      const bool is_last = others == 0 || arrive_in_order(counter) == others;
       store_shared_u32(is_last_place, is_last ? 1 : 0);
     }
     __syncthreads();
     if (load_shared_u32(is_last_place) != 0) {
-      __threadfence();
       results.merge(warp, kWarps, lane);
       if (thread == 0 && others > 0) *counter = 0;
     }
