@@ -19,6 +19,12 @@ def random_packed_weight(
 ) -> PackedWeight:
     """Uniform codes, scales of `dtype` spread over a factor of three, zero points near the middle.
 
+    The middle of 2**bits codes lies between two of them, and a zero point is one: entries of a group have a
+    mean of half a step. It is up in half of the groups and down in the others, by the zero points, or where
+    none are stored by the signs of the scales. Were it the same in all, every product would be led by the
+    mean of its inputs: the layers of a random model would turn every token into one of two directions, and
+    no answer would tell what it had read.
+
     A uniform code has variance max_code**2 / 12, so entries of variance 1/K need a scale of sqrt(12/K) /
     max_code: inputs of unit variance then give outputs of unit variance.
 
@@ -30,7 +36,10 @@ def random_packed_weight(
     spread = torch.rand(N, groups, device=device, generator=generator) + 0.5
     scales = (spread * (12.0 / K) ** 0.5 / spec.max_code).to(dtype)
     zeros: Tensor | None = None
-    if not spec.symmetric:
+    if spec.symmetric:
+        up = torch.rand(N, groups, device=device, generator=generator) < 0.5
+        scales = torch.where(up, scales, -scales)
+    else:
         middle = 1 << (spec.bits - 1)
         zeros = torch.randint(
             middle - 1, middle + 1, (N, groups), dtype=torch.uint8, device=device, generator=generator

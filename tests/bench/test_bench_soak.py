@@ -15,18 +15,23 @@ import torch
 
 from qsun.core import StepOutput
 from qsun.engine.engine import DecodeEngine
+from qsun.engine.runner import running
 from qsun.kv_cache.block_tables import BlockTables
+from qsun.models.build import Placement
 from qsun.modules.decode import DecodeModule
 from qsun.modules.prefill import PrefillModule
 from qsun_bench import commands, results, soak, views
 from qsun_bench.cli import main
 from qsun_bench.engine_models import Setting, Source, describe, load
 from qsun_bench.engine_suites import KvDtype
+from qsun_bench.random_model import model_config, random_decode_module
 from qsun_bench.results import Run
+from qsun_bench.shapes import shape as shape_of
 from qsun_bench.soak import Request, Soak, soak_engine, soak_models
 from qsun_bench.soak_check import Reference, tolerance_of
 from qsun_bench.soak_ledger import Ledger, growth_of
 from qsun_bench.soak_traffic import Traffic
+from qsun_kernels.quant import Bits, QuantSpec
 from qsun_kernels.testing import timing
 
 CPU = torch.device("cpu")
@@ -121,6 +126,37 @@ def test_blocks_shared_across_models_are_found(
     ]
     made, _ = soaked(replace(asked, models=len(alike), seconds=STEPS // 2), decode, alike, alike)
     assert made.ledger.wrong_tokens > 20 and made.ledger.leaked_blocks == 0
+
+
+def most_likely(reference: Reference, model: str, prompt: list[int], answer: list[int]) -> int:
+    """The next token of an answer by a model of the convention "decode"."""
+    with running(None, None):
+        reference._pass(reference.prefills[model].stack, prompt[:-1], 0)
+        hidden = reference._pass(reference.decode.stack, [prompt[-1], *answer], len(prompt) - 1)
+        return int(reference.decode.logits(hidden[-1:]).argmax())
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (3, True), (2, True), (2, False)])
+def test_answers_of_few_bits_tell_whose_kv_they_read(bits: Bits, symmetric: bool) -> None:
+    """An answer is held against what the decode module says behind another model's reading of the prompt.
+
+    Random weights with a mean lead all tokens to one hidden state, whoever read the prompt.
+    """
+    shape = replace(shape_of("tiny"), hidden=256, intermediate=512, vocabulary=1024)
+    config = model_config(shape, 6, 128)
+    placement = Placement(torch.float32, CPU, None)
+    decode = random_decode_module(config, QuantSpec(bits, 64, symmetric), placement, torch.float32)
+    request = Request(Source(CPU, "tiny", dtype=torch.float32), Setting(bits), STEPS, models=3)
+    own, _, other = soak_models(request, decode)
+    reference = Reference.create(decode, [own, other], context=128, kv="auto", backend=None)
+    prompt = torch.randint(config.vocab_size, (24,), generator=torch.Generator().manual_seed(0)).tolist()
+    answer: list[int] = []
+    for _ in range(40):
+        answer.append(most_likely(reference, own.name, prompt, answer))
+    assert max(reference.gaps(own.name, prompt, answer)) < tolerance_of(torch.float32, "auto")
+    assert len(set(answer)) > 20
+    found = [gap > tolerance_of(torch.bfloat16, "auto") for gap in reference.gaps(other.name, prompt, answer)]
+    assert sum(found) > 35
 
 
 def test_a_leaked_block_is_found(
