@@ -265,6 +265,8 @@ class Soak:
             )
         for answer in self._to_check:
             self._check(answer)
+        if self._to_check:
+            self._try_check(max(self._to_check, key=lambda answer: len(answer.tokens)))
         self._to_check.clear()
         self.ledger.counts["rests"] += 1
         self.ledger.sample_memory(self._clock() - begin, self._engine.decode_module.device)
@@ -284,6 +286,15 @@ class Soak:
                 f" first is token {wrong[0]}, {gaps[wrong[0]]:.3g} standard deviations below the largest"
             )
 
+    def _try_check(self, answer: _Answer) -> None:
+        """Hold an answer against what it would be had it read another model's KV."""
+        own = answer.asked.model
+        others = [name for name in self._reference.prefills if name != own]
+        if others:
+            gaps = self._reference.gaps(others[0], answer.asked.prompt, answer.tokens)
+            self.ledger.swapped_tokens += len(gaps)
+            self.ledger.found_tokens += sum(not gap <= self._tolerance for gap in gaps)
+
 
 def soak_record(request: Request, is_over: Callable[[], bool] = lambda: False) -> tuple[Record, str]:
     """Soak an engine. The record, and what is wrong; nothing where all held. is_over: as in `Soak`."""
@@ -301,6 +312,7 @@ def soak_record(request: Request, is_over: Callable[[], bool] = lambda: False) -
     growth = ledger.growth()
     if not ledger.checked_tokens:
         ledger.blame("no answer was checked, expected some: soak for longer, or check a larger share")
+    ledger.judge_the_check()
     spec = spec_of(request.setting.bits, source, description.config)
     names = [*setting_names(description, spec, request.setting), f"m{request.models}"]
     measured: dict[str, Any] = {
@@ -312,6 +324,8 @@ def soak_record(request: Request, is_over: Callable[[], bool] = lambda: False) -
             "wrong": ledger.wrong_tokens,
             "largest_gap": ledger.largest_gap,
             "tolerance": tolerance_of(decode.dtype, request.setting.kv),
+            "swapped": ledger.swapped_tokens,
+            "found": ledger.found_tokens,
         },
         "leaked_blocks": ledger.leaked_blocks,
         "violations": {"count": ledger.num_violations, "first": ledger.violations},

@@ -14,6 +14,7 @@ import torch
 
 _KEPT_VIOLATIONS = 10
 _LEAST_SAMPLES = 12
+_LEAST_SWAPPED = 30
 _SLACK: Mapping[str, tuple[float, float]] = {
     "host": (32 << 20, 0.03),
     "device": (32 << 20, 0.03),
@@ -24,7 +25,11 @@ _SLACK: Mapping[str, tuple[float, float]] = {
 
 @dataclass(slots=True)
 class Ledger:
-    """What was asked, what came of it, and what should not have."""
+    """What was asked, what came of it, and what should not have.
+
+    swapped_tokens: of answers that were also held against another model's reading of their prompt.
+    found_tokens: those of them that are wrong by that, as nearly all should be.
+    """
 
     counts: Counter[str] = field(default_factory=Counter)
     violations: list[str] = field(default_factory=list)
@@ -33,6 +38,8 @@ class Ledger:
     checked_tokens: int = 0
     wrong_tokens: int = 0
     largest_gap: float = 0.0
+    swapped_tokens: int = 0
+    found_tokens: int = 0
     leaked_blocks: int = 0
     memory: list[Mapping[str, float]] = field(default_factory=list)
 
@@ -41,6 +48,14 @@ class Ledger:
         self.num_violations += 1
         if len(self.violations) < _KEPT_VIOLATIONS:
             self.violations.append(what)
+
+    def judge_the_check(self) -> None:
+        """Whether a token that has read another model's KV would have been found."""
+        if self.swapped_tokens >= _LEAST_SWAPPED and 2 * self.found_tokens < self.swapped_tokens:
+            self.blame(
+                f"the check is blind: of {self.swapped_tokens} tokens {self.found_tokens} would be wrong had"
+                " they read another model's KV, expected at least half"
+            )
 
     def sample_memory(self, seconds: float, device: torch.device) -> None:
         """Note what is in memory now. seconds: since the beginning."""

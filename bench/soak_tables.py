@@ -10,8 +10,8 @@ from qsun_bench.results import Record, Run
 
 COLUMNS = (
     "case", "by", "minutes", "requests", "ended", "cancelled", "refused", "tokens", "swaps", "rebuilds",
-    "reused tokens", "checked", "wrong", "leaked blocks", "growth: host MB", "device MB", "objects",
-    "violations",
+    "reused tokens", "checked", "wrong", "of another's KV", "leaked blocks", "growth: host MB", "device MB",
+    "objects", "violations",
 )  # fmt: skip
 
 
@@ -55,6 +55,7 @@ def _row(record: Record) -> tables.Row:
         str(stats["prefix_hit_tokens"]),
         f"{checked['tokens']} of {checked['requests']}",
         str(checked["wrong"]),
+        f"{checked['found']} of {checked['swapped']}",
         str(measured["leaked_blocks"]),
         *(
             _grown(measured["growth"][name], unit)

@@ -64,6 +64,12 @@ def soaked(
     return made, engine
 
 
+def ledger_sees(ledger: Ledger) -> bool:
+    before = ledger.num_violations
+    ledger.judge_the_check()
+    return ledger.num_violations == before
+
+
 def test_all_holds_and_everything_happened(
     asked: Request, modules: tuple[DecodeModule, list[PrefillModule]]
 ) -> None:
@@ -73,6 +79,7 @@ def test_all_holds_and_everything_happened(
     assert ledger.violations == [] and ledger.num_violations == ledger.leaked_blocks == 0
     assert ledger.wrong_tokens == 0 and ledger.checked_tokens > 100 and ledger.checked_requests > 5
     assert 0 <= ledger.largest_gap <= tolerance_of(torch.float32, "auto")
+    assert ledger.found_tokens > 0.8 * ledger.swapped_tokens > 0
     counts = ledger.counts
     assert min(counts[name] for name in ("length", "cancelled", "refused", "tokens")) > 0
     assert counts["asked"] == counts["length"] + counts["cancelled"] + counts["refused"]
@@ -89,6 +96,7 @@ def test_the_dtypes_of_a_product_stay_within_their_tolerance(bits: int, kv: KvDt
     prefills = list(soak_models(asked, decode))
     made, _ = soaked(asked, decode, prefills, prefills)
     assert made.ledger.violations == [] and made.ledger.checked_tokens > 50
+    assert ledger_sees(made.ledger)
     # Not by luck: half of what is tolerated is never needed here.
     assert 2 * made.ledger.largest_gap <= tolerance_of(torch.bfloat16, kv)
 
@@ -112,6 +120,14 @@ def test_a_planted_wrong_token_is_found(
     made, _ = soaked(replace(asked, seconds=STEPS // 2), decode, prefills, prefills)
     assert chosen and made.ledger.wrong_tokens >= 1 and made.ledger.largest_gap > 0.1
     assert f"{chosen[0]} of model-" in made.ledger.violations[0] and "are wrong" in made.ledger.violations[0]
+
+
+def test_a_check_that_would_find_nothing_is_told() -> None:
+    ledger = Ledger(swapped_tokens=100, found_tokens=49)
+    assert not ledger_sees(ledger)
+    assert "blind" in ledger.violations[0] and "49" in ledger.violations[0]
+    assert ledger_sees(Ledger(swapped_tokens=100, found_tokens=50))
+    assert ledger_sees(Ledger(swapped_tokens=3, found_tokens=0)), "too few to tell"
 
 
 def test_blocks_shared_across_models_are_found(
