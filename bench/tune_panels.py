@@ -154,7 +154,7 @@ def sweep_text(kernel: Kernel, bits: int, old: str, new: Sequence[Found], where:
         how = "without" if kernel == "tiles_sm80" else "with"
         notes = _comment(f"{about} {HOW.format(bits=bits, how=how)}")
     if measured:
-        notes += _comment(f"{where}: " + ", ".join(map(str, sorted(measured))) + ".")
+        notes = _with_cells(notes, where, sorted(measured))
     for cell, ways in measured.items():
         kept[cell] = [
             " ".join(map(str, (cell.K, cell.N, cell.M, *way))) + f" {us:.3f}" for way, us in ways.items()
@@ -164,6 +164,16 @@ def sweep_text(kernel: Kernel, bits: int, old: str, new: Sequence[Found], where:
 
 def _measured(kernel: Kernel, bits: int, new: Sequence[Found]) -> Mapping[Cell, Mapping[Way, float]]:
     return {one.cell: one.ways for one in new if one.kernel == kernel and one.cell.bits == bits and one.ways}
+
+
+def _with_cells(notes: Sequence[str], where: str, cells: Sequence[Cell]) -> list[str]:
+    """The notes with these cells in the heading of `where`, which is the last one if it is there."""
+    starts = [place for place, note in enumerate(notes) if note.startswith(f"# {where}: ")]
+    at = starts[-1] if starts else len(notes)
+    before = " ".join(note.removeprefix("# ") for note in notes[at:])
+    said = before.removeprefix(f"{where}: ").removesuffix(".")
+    named = dict.fromkeys([*(said.split(", ") if said else []), *map(str, cells)])
+    return [*notes[:at], *_comment(f"{where}: " + ", ".join(named) + ".")]
 
 
 def _comment(text: str) -> list[str]:

@@ -198,6 +198,22 @@ def test_the_command_writes_sweeps_and_table(
     assert after == before, "without --write the tables in use stay"
 
 
+def test_cells_that_are_written_one_by_one_share_a_heading(tmp_path: Path) -> None:
+    """The command writes after each cell. Other days keep their headings, and no cell is named twice."""
+    way = (64, 2, 1, 4, 0)
+    cells = [Cell(K, 4096, M) for K in (4096, 14336) for M in (32, 48, 64, 96)]
+    for cell in (*cells, cells[0]):
+        found = tune_panels.Found("gemm_sm90", cell, None, {way: 1.0})
+        tune_panels.write(tmp_path, [found], "Fake 9000, 2026-12-01")
+    tune_panels.write(tmp_path, [found], "Fake 9000, 2026-12-02")
+    lines = (tmp_path / "gemm_sm90_sweep.txt").read_text().splitlines()
+    at = next(place for place, line in enumerate(lines) if "2026-12-01" in line)
+    notes = [line for line in lines[at:] if line.startswith("#")]
+    heading = " ".join(note.removeprefix("# ") for note in notes[:-1])
+    assert heading == "Fake 9000, 2026-12-01: " + ", ".join(map(str, cells)) + "."
+    assert notes[-1] == "# Fake 9000, 2026-12-02: W4 4096x4096 M=32." and len(notes[0]) > 80
+
+
 def test_the_command_keeps_widths_apart(
     fake_gpu: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
