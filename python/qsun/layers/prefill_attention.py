@@ -60,17 +60,10 @@ def plan_prefill_attention(
     Each plan is of as many chunks as may be read at once.
     dtype: of the queries.  Copies a few numbers to the device and waits for none of them.
     """
+    group = num_q_heads // num_kv_heads
+    flash = _runs_flash(head_dim, dtype, device)
     return tuple(
-        _plan(
-            chunks,
-            num_q_heads=num_q_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            block_size=block_size,
-            window=window,
-            dtype=dtype,
-            device=device,
-        )
+        _plan(chunks, num_kv_heads, group, block_size, window, device, flash=flash)
         for chunks in _read_at_once(attention, block_size, window)
     )
 
@@ -99,21 +92,20 @@ def _seen(chunk: PrefillChunk, block_size: int, window: int | None) -> tuple[int
 
 def _plan(
     chunks: Sequence[PrefillChunk],
-    *,
-    num_q_heads: int,
     num_kv_heads: int,
-    head_dim: int,
+    group: int,
     block_size: int,
     window: int | None,
-    dtype: torch.dtype,
     device: torch.device,
+    *,
+    flash: bool,
 ) -> PrefillPlan:
+    """Of chunks that are read at once.  group: query heads a key head.  flash: what `_runs_flash` says."""
     q_starts, k_starts, k_lengths = [0], [], []
     blocks: list[Tensor] = []
     masks: list[Tensor | None] = []
     num_slots = 0
     is_cut = False
-    flash = _runs_flash(head_dim, dtype, device)
     for chunk in chunks:
         assert chunk.start == chunks[0].start + q_starts[-1], "chunks lie side by side"
         total = chunk.context_len + chunk.length
@@ -126,7 +118,7 @@ def _plan(
         num_slots += (end - skipped) * block_size
         is_cut = is_cut or (window is not None and total > window)
         if not flash:
-            masks.append(_mask(chunk, first, window, num_q_heads // num_kv_heads, device))
+            masks.append(_mask(chunk, first, window, group, device))
     of_block = (blocks[0] if len(blocks) == 1 else torch.cat(blocks)) * num_kv_heads
     starts = None
     if flash:
