@@ -37,8 +37,8 @@ def random_packed_weight(
     scales = (spread * (12.0 / K) ** 0.5 / spec.max_code).to(dtype)
     zeros: Tensor | None = None
     if spec.symmetric:
-        up = torch.rand(N, groups, device=device, generator=generator) < 0.5
-        scales = torch.where(up, scales, -scales)
+        is_up = torch.rand(N, groups, device=device, generator=generator) < 0.5
+        scales = torch.where(is_up, -scales, scales)
     else:
         middle = 1 << (spec.bits - 1)
         zeros = torch.randint(
