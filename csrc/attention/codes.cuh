@@ -161,6 +161,8 @@ __global__ void __launch_bounds__((kCodesShape<kCodes, kHeadDim, kRows>.warps * 
   constexpr int kTiles = kCodesShape<kCodes, kHeadDim, kRows>.tiles;
   using Layout = CodesLayout<kCodes, kHeadDim>;
   constexpr bool kSharesTiles = kWarps > kSlices;
+  constexpr bool kCutFirst =
+      kCodesShape<kCodes, kHeadDim, kRows>.blocks_per_sm < 4;  // else no register is left
   constexpr int kStage = kSlices * Layout::kSlice;
   static_assert(kHeadTile * kCodesOutBytes<kHeadDim> <= Layout::kSlice);
   launch_dependents();
@@ -184,16 +186,18 @@ __global__ void __launch_bounds__((kCodesShape<kCodes, kHeadDim, kRows>.warps * 
   // Part
   const int part = static_cast<int>(blockIdx.x);
   const PlanHeader plan = load_settled(a.plan.header);
-  const PartStart start = load_settled(a.plan.parts + part);  // undefined where the part has nothing
+  // Undefined where a part has nothing
+  const PartStart start = load_settled(a.plan.parts + part);
+  const PartStart behind = load_settled(a.plan.parts + min(part + 1, static_cast<int>(gridDim.x) - 1));
   if (part >= plan.used) {
     // That a launch has ended is to say that those before it have: one block is enough for that.
     if (part == 0) wait_for_producers();
     return;
   }
-  Walk<Line::kWholeRequests> walk{
+  Walk<Line::kWholeRequests, kCutFirst> walk{
       a, static_cast<int>(a.p.batch), part * plan.share, min((part + 1) * plan.share, plan.total), {}};
-  walk.enter(start.item, start.head, start.start, start.what);
-  CodesCopies<kCodes, kHeadDim> copies{walk, warp, lane, evict_first_policy(), 0, 0};
+  walk.begin_part(start, part + 1 < plan.used, behind);
+  CodesCopies<kCodes, kHeadDim, kCutFirst> copies{walk, warp, lane, evict_first_policy(), 0, 0};
   int missing = a.stages;  // stages to copy before the next product: at first all, then one
   uint32_t stage = ring;   // to copy to; once it is copied to, the one behind it is the oldest
   const auto copy_step = [&] {

@@ -11,12 +11,12 @@ namespace {
 constexpr int kSliceQuarters = kSliceTokens / kQuarterTokens;
 constexpr int kStepQuarters = kSliceQuarters * kSlices;
 
-template <DType kCodes, int kHeadDim>
+template <DType kCodes, int kHeadDim, bool kCutFirst>
 struct CodesCopies {
   using Layout = CodesLayout<kCodes, kHeadDim>;
   static constexpr int kSteps = kWarp / kSliceQuarters;  // whose blocks one load fetches
 
-  Walk<Line::kWholeRequests> walk;
+  Walk<Line::kWholeRequests, kCutFirst> walk;
   int warp, lane;
   uint64_t policy;
   int step;   // of the share, that are copied
@@ -37,7 +37,7 @@ struct CodesCopies {
   // Goes on to the share that holds the next step.
   __device__ __forceinline__ void seek() {
     while (!walk.is_done() && walk.share.begin + step * kStepQuarters >= walk.share.end) {
-      walk.advance<true>();
+      walk.template advance<true>();
       step = 0;
     }
   }

@@ -161,7 +161,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
   // Part
   const int part = static_cast<int>(blockIdx.x);
   const PlanHeader plan = load_settled(a.plan.header);
-  const PartStart start = load_settled(a.plan.parts + part);  // undefined where the part has nothing
+  // Undefined where a part has nothing
+  const PartStart start = load_settled(a.plan.parts + part);
+  const PartStart behind = load_settled(a.plan.parts + min(part + 1, static_cast<int>(gridDim.x) - 1));
   if (part >= plan.used) {
     // That a launch has ended is to say that those before it have: one block is enough for that.
     if (part == 0) wait_for_producers();
@@ -169,9 +171,11 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
   }
   const int items = kIsPrefixes ? plan.items : static_cast<int>(a.p.batch);
   constexpr Line kLine = kIsPrefixes ? Line::kPrefixes : Line::kRequests;
-  Walk<kLine> walk{a, items, part * plan.share, min((part + 1) * plan.share, plan.total), {}};
-  walk.enter(start.item, start.head, start.start, start.what);
-  Copies<T, kHeadDim, kLine> copies{walk, warp, lane, evict_first_policy(), 0, 0};
+  // What the launch for prefixes leaves is merged by the next one; the widest heads have no register left.
+  constexpr bool kCutFirst = !kIsPrefixes && kHeadDim <= 128;
+  Walk<kLine, kCutFirst> walk{a, items, part * plan.share, min((part + 1) * plan.share, plan.total), {}};
+  walk.begin_part(start, part + 1 < plan.used, behind);
+  Copies<T, kHeadDim, kLine, kCutFirst> copies{walk, warp, lane, evict_first_policy(), 0, 0};
   int missing = a.stages;  // stages to copy before the next product: at first all, then one
   uint32_t stage = ring;   // to copy to; once it is copied to, the one behind it is the oldest
   const auto copy_step = [&] {

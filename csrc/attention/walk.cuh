@@ -93,17 +93,24 @@ __device__ __forceinline__ Element load_settled(const Element* source) {
   }
 }
 
-// Goes through the shares of a part.
-template <Line kLine>
+// Goes through the shares of a part. kCutFirst: a request that goes on behind the part comes first, then the
+// others in order: those that are cut are done early, and the launch does not end with a merge of their
+// parts. It costs two registers. Where prefixes are shared all come in order: those behind a prefix leave
+// their rows in the slot of the one that goes on.
+template <Line kLine, bool kCutFirst>
 struct Walk {
   static constexpr bool kIsPrefixes = kLine == Line::kPrefixes;
 
   const TilesArguments& a;
   int items;       // under a head
-  int begin, end;  // units of the part
+  int begin, end;  // units of the part; once the request that goes on is done, of the rest
   Share share;
 
   __device__ __forceinline__ bool is_done() const { return share.start >= end; }
+
+  __device__ __forceinline__ bool cuts_first() const {
+    return kCutFirst && (kLine == Line::kWholeRequests || a.prefixes.of_request == nullptr);
+  }
 
   // The positions before this one may be read before wait_for_producers(), as PagedAttentionDecodeParams says
   // of follows_write. A prefix ends before the newest positions of all that share it.
@@ -126,26 +133,46 @@ struct Walk {
                     (share.length + kQuarterTokens - 1) / kQuarterTokens);
   }
 
+  __device__ __forceinline__ void enter(const PartStart& start) {
+    enter(start.item, start.head, start.start, start.what);
+  }
+
+  // Enters the part that begins with `first`. behind: the start of the part behind it, if there is one.
+  __device__ __forceinline__ void begin_part(const PartStart& first, bool has_behind,
+                                             const PartStart& behind) {
+    const bool goes_on = cuts_first() && has_behind && behind.start > begin && behind.start < end;
+    enter(goes_on ? behind : first);
+  }
+
   // kSettled: before wait_for_producers(), too.
   template <bool kSettled = false>
   __device__ __forceinline__ void advance() {
-    share.start += 1 + share.tiles;
-    if (is_done()) return;
-    const int item = share.item + 1;
-    const bool wraps = item == items;
-    const int next = wraps ? 0 : item;
-    const PlanItem* what = a.plan.items + next;
-    enter(next, share.head + (wraps ? 1 : 0), share.start, kSettled ? load_settled(what) : *what);
+    PartStart next;
+    next.start = share.start + 1 + share.tiles;
+    if (cuts_first() && next.start > end && share.start > begin) {
+      end = share.start;
+      const PartStart* first = a.plan.parts + blockIdx.x;
+      next = kSettled ? load_settled(first) : *first;
+    } else {
+      share.start = next.start;
+      if (is_done()) return;
+      const bool wraps = share.item + 1 == items;
+      next.item = wraps ? 0 : share.item + 1;
+      next.head = share.head + (wraps ? 1 : 0);
+      const PlanItem* what = a.plan.items + next.item;
+      next.what = kSettled ? load_settled(what) : *what;
+    }
+    enter(next);
   }
 };
 
 // A warp's way through its quarters, ahead of the multiplication.
-template <typename T, int kHeadDim, Line kLine>
+template <typename T, int kHeadDim, Line kLine, bool kCutFirst>
 struct Copies {
   static constexpr int kRow = kRowBytes<kHeadDim>;
   static constexpr int kPieces = kHeadDim * 2 / 16;  // of 16 bytes, of a row
 
-  Walk<kLine> walk;
+  Walk<kLine, kCutFirst> walk;
   int warp, lane;
   uint64_t policy;
   int step;   // tiles of the share that are copied
