@@ -235,6 +235,16 @@ def uses_wna16_tiles(
     batch_invariant: bool,
     props: DeviceProps,
 ) -> bool: ...
+def may_pend_wna16_norm(
+    M: int,
+    N: int,
+    K: int,
+    bits: int,
+    groups_per_block: int,
+    has_zeros: bool,
+    dtype: int,
+    props: DeviceProps,
+) -> bool: ...
 def choose_wna16_tiles(
     M: int, N: int, K: int, bits: int, groups_per_block: int, has_zeros: bool, props: DeviceProps
 ) -> TilesConfig: ...
@@ -289,8 +299,10 @@ def wna16_panels(
     bias: int,
     residual: int,
     norm_weight: int,
+    x_squares: int,
     out: int,
     norm_out: int,
+    squares: int,
     scratch: int,
     scratch_bytes: int,
     M: int,
@@ -301,6 +313,7 @@ def wna16_panels(
     residual_stride: int,
     out_stride: int,
     norm_eps: float,
+    x_eps: float,
     bits: int,
     groups_per_block: int,
     has_zeros: bool,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from qsun_kernels.backends.dispatch import use_backend
-from qsun_kernels.backends.problems import AttentionPlan, PreparedWeight
+from qsun_kernels.backends.problems import AttentionPlan, PendingNorm, PreparedWeight
 from qsun_kernels.errors import BackendUnavailable, CacheIndexError, CapturedCallError, KernelLaunchError
 from qsun_kernels.ops import (
     RopeParameters,
     apply_rope,
     dequantize,
     explain,
+    norm_may_pend,
     paged_attention_decode,
     plan_paged_attention,
     prepare_gate_up,
@@ -20,6 +21,7 @@ from qsun_kernels.ops import (
     silu_and_mul,
     wna16_gate_up_silu,
     wna16_linear,
+    wna16_linear_pending_norm,
     wna16_linear_rms_norm,
     write_kv_cache,
 )
@@ -32,12 +34,14 @@ __all__ = [
     "CapturedCallError",
     "KernelLaunchError",
     "PackedWeight",
+    "PendingNorm",
     "PreparedWeight",
     "QuantSpec",
     "RopeParameters",
     "apply_rope",
     "dequantize",
     "explain",
+    "norm_may_pend",
     "paged_attention_decode",
     "plan_paged_attention",
     "prepare_gate_up",
@@ -50,6 +54,7 @@ __all__ = [
     "use_backend",
     "wna16_gate_up_silu",
     "wna16_linear",
+    "wna16_linear_pending_norm",
     "wna16_linear_rms_norm",
     "write_kv_cache",
 ]

@@ -104,6 +104,15 @@ void bind_panels(py::module_& m) {
       },
       "M"_a, "N"_a, "K"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a, "batch_invariant"_a, "props"_a);
   m.def(
+      "may_pend_wna16_norm",
+      [sizes](int64_t M, int64_t N, int64_t K, int bits, int groups_per_block, bool has_zeros, int dtype,
+              const DeviceProps& props) {
+        Wna16PanelsParams p = sizes(M, N, K, bits, groups_per_block, has_zeros, false);
+        p.dtype = static_cast<DType>(dtype);
+        return may_pend_norm(p, props);
+      },
+      "M"_a, "N"_a, "K"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a, "dtype"_a, "props"_a);
+  m.def(
       "choose_wna16_tiles",
       [sizes](int64_t M, int64_t N, int64_t K, int bits, int groups_per_block, bool has_zeros,
               const DeviceProps& props) {
@@ -147,20 +156,23 @@ void bind_panels(py::module_& m) {
   m.def(
       "wna16_panels",
       [](const std::optional<PanelsConfig>& config, uintptr_t x, uintptr_t panels, uintptr_t bias,
-         uintptr_t residual, uintptr_t norm_weight, uintptr_t out, uintptr_t norm_out, uintptr_t scratch,
-         int64_t scratch_bytes, int64_t M, int64_t N, int64_t K, int64_t column_blocks, int64_t x_stride,
-         int64_t residual_stride, int64_t out_stride, float norm_eps, int bits, int groups_per_block,
-         bool has_zeros, bool gate_up, bool batch_invariant, bool prefetch_weights, int dtype, int device,
-         uintptr_t stream) {
+         uintptr_t residual, uintptr_t norm_weight, uintptr_t x_squares, uintptr_t out, uintptr_t norm_out,
+         uintptr_t squares, uintptr_t scratch, int64_t scratch_bytes, int64_t M, int64_t N, int64_t K,
+         int64_t column_blocks, int64_t x_stride, int64_t residual_stride, int64_t out_stride, float norm_eps,
+         float x_eps, int bits, int groups_per_block, bool has_zeros, bool gate_up, bool batch_invariant,
+         bool prefetch_weights, int dtype, int device, uintptr_t stream) {
         Wna16PanelsParams p;
         p.x = pointer(x);
         p.panels = pointer<uint8_t>(panels);
         p.bias = pointer(bias);
         p.residual = pointer(residual);
         p.norm_weight = pointer(norm_weight);
+        p.x_squares = pointer<float>(x_squares);
         p.out = pointer(out);
         p.norm_out = pointer(norm_out);
+        p.squares = pointer<float>(squares);
         p.norm_eps = norm_eps;
+        p.x_eps = x_eps;
         p.scratch = pointer(scratch);
         p.scratch_bytes = scratch_bytes;
         p.M = M;
@@ -181,10 +193,11 @@ void bind_panels(py::module_& m) {
         std::visit([&](const auto& own) { check(wna16_panels(p, own)); }, *config);
       },
       "config: a StreamConfig, GemmConfig or TilesConfig to run as told by that kernel, or None.",
-      "config"_a.none(true), "x"_a, "panels"_a, "bias"_a, "residual"_a, "norm_weight"_a, "out"_a,
-      "norm_out"_a, "scratch"_a, "scratch_bytes"_a, "M"_a, "N"_a, "K"_a, "column_blocks"_a, "x_stride"_a,
-      "residual_stride"_a, "out_stride"_a, "norm_eps"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a,
-      "gate_up"_a, "batch_invariant"_a, "prefetch_weights"_a, "dtype"_a, "device"_a, "stream"_a);
+      "config"_a.none(true), "x"_a, "panels"_a, "bias"_a, "residual"_a, "norm_weight"_a, "x_squares"_a,
+      "out"_a, "norm_out"_a, "squares"_a, "scratch"_a, "scratch_bytes"_a, "M"_a, "N"_a, "K"_a,
+      "column_blocks"_a, "x_stride"_a, "residual_stride"_a, "out_stride"_a, "norm_eps"_a, "x_eps"_a, "bits"_a,
+      "groups_per_block"_a, "has_zeros"_a, "gate_up"_a, "batch_invariant"_a, "prefetch_weights"_a, "dtype"_a,
+      "device"_a, "stream"_a);
 }
 
 }  // namespace

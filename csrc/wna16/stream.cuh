@@ -22,52 +22,15 @@
 #include "device/activation.cuh"
 #include "device/dependent_launch.cuh"
 #include "device/reduce.cuh"
+#include "device/registers.cuh"
 #include "runtime/alignment.h"
 #include "runtime/launch.h"
 #include "wna16/stream_copies.cuh"
 #include "wna16/stream_multiply.cuh"
+#include "wna16/stream_norm.cuh"
 
 namespace qsun {
 namespace {
-
-// What an output takes besides its product.
-template <typename T>
-struct Addends {
-  T bias, residual;
-};
-
-// The outputs of a group of row tiles, kRows rows: number i is column `column(i)`, from n0 on, of token
-// `token(i)`.
-template <int kRows>
-struct TileOutputs {
-  int is_pair;  // an output takes a row of gate and one of up
-  int64_t n0;
-  int columns, columns_log2;
-  int count;  // those past the last column included
-
-  __device__ __forceinline__ TileOutputs(const Wna16PanelsParams& p, int tile, int tiles, int tokens)
-      : is_pair(p.gate_up ? 1 : 0),
-        n0(static_cast<int64_t>(tile) * kTileRows >> is_pair),
-        columns(min(tiles * kTileRows >> is_pair, static_cast<int>((p.N >> is_pair) - n0))),
-        columns_log2(log2_of(kRows) - is_pair),
-        count(tokens << columns_log2) {}
-
-  __device__ __forceinline__ int token(int i) const { return i >> columns_log2; }
-  __device__ __forceinline__ int column(int i) const { return i & ((1 << columns_log2) - 1); }
-
-  // m0: the first token.
-  template <typename T>
-  __device__ __forceinline__ Addends<T> addends(const Wna16PanelsParams& p, int m0, int i) const {
-    Addends<T> addends{from_float<T>(0.0f), from_float<T>(0.0f)};
-    if (is_pair || i >= count || column(i) >= columns) return addends;
-    if (p.bias != nullptr) addends.bias = static_cast<const T*>(p.bias)[n0 + column(i)];
-    if (p.residual != nullptr) {
-      const int64_t row = (m0 + token(i)) * p.residual_stride;
-      addends.residual = static_cast<const T*>(p.residual)[row + n0 + column(i)];
-    }
-    return addends;
-  }
-};
 
 template <typename T, int kBits, int kTokenTiles, int kRowTiles, bool kEngine>
 __global__ void __launch_bounds__(max_stream_warps(kTokenTiles, kRowTiles, kBits) * kWarpLanes,
@@ -91,7 +54,7 @@ __global__ void __launch_bounds__(max_stream_warps(kTokenTiles, kRowTiles, kBits
     const int m0 = static_cast<int>(blockIdx.y) * kTokenTiles * kTokens;
     const int x_rows = min(static_cast<int>(a.p.M) - m0, a.x_rows);
     const uint32_t stage_bytes = a.memory.stage_bytes;
-    const uint32_t ring = shared + kHeadBytes + warp * a.memory.ring_bytes;
+    const uint32_t ring = shared + a.memory.head_bytes + warp * a.memory.ring_bytes;
     const uint32_t barriers = shared + warp * a.stages * kBarrierBytes;
     // Blocks that run at once begin at different columns: all reading the same x at the same time would have
     // the few slices of the L2 that hold it answer one after another.
@@ -110,6 +73,7 @@ __global__ void __launch_bounds__(max_stream_warps(kTokenTiles, kRowTiles, kBits
     // Fill the ring: weights before the wait, x after it
     copies.init_barriers(barriers);
     if (!a.p.prefetch_weights) wait_for_producers();
+    if (leaves_norm<T>(a.p)) ask_for_norm_weights<T, kRowTiles>(a.p, first_tile);
     copies.begin(first_tile);
 #pragma unroll 1
     for (int i = 0; i < a.stages; ++i) {
@@ -129,6 +93,10 @@ __global__ void __launch_bounds__(max_stream_warps(kTokenTiles, kRowTiles, kBits
       }
       copies.commit();
     }
+    if (leaves_norm<T>(a.p)) {
+      keep_norm_weights<T, kRowTiles>(a.p, first_tile, shared + a.memory.norm_weights_offset);
+    }
+    if (takes_norm<T>(a.p)) find_roots(a.p, m0, x_rows, warp, warps, lane, shared + a.memory.roots_offset);
 
     // Where the lane's address of x lies in a stage. Tokens past the last are the last one again: a product
     // of their own, which nobody reads.
@@ -213,6 +181,8 @@ __global__ void __launch_bounds__(max_stream_warps(kTokenTiles, kRowTiles, kBits
         const int row = outputs.is_pair ? column / 8 * kTileRows + column % 8 : column;
         uint32_t place = parts + token * kPartRow + row * 4;
         float value = 0.0f, gate = 0.0f;
+        const float root =
+            takes_norm<T>(a.p) ? load_shared_f32(shared + a.memory.roots_offset + token * 4) : 1.0f;
 #pragma unroll 1
         for (int half = 0; half <= outputs.is_pair; ++half, place += 8 * 4) {
           gate = value;
@@ -220,7 +190,7 @@ __global__ void __launch_bounds__(max_stream_warps(kTokenTiles, kRowTiles, kBits
           uint32_t at = place;
 #pragma unroll 4
           for (int w = 0; w < warps; ++w, at += part_stride) value += load_shared_f32(at);
-          value *= (row + half * 8) % kTileRows < 8 ? kFactors[0] : kFactors[1];
+          value *= ((row + half * 8) % kTileRows < 8 ? kFactors[0] : kFactors[1]) * root;
         }
         if (outputs.is_pair) {
           value *= silu(gate);
@@ -230,7 +200,15 @@ __global__ void __launch_bounds__(max_stream_warps(kTokenTiles, kRowTiles, kBits
           if (a.p.bias != nullptr) value += to_float(addends.bias);
           if (a.p.residual != nullptr) value += to_float(addends.residual);
         }
-        out[token * a.p.out_stride + column] = from_float<T>(value);
+        const T rounded = from_float<T>(value);
+        out[token * a.p.out_stride + column] = rounded;
+        if (leaves_norm<T>(a.p)) store_shared_f32(place - 8 * 4, to_float(rounded));
+      }
+      if (leaves_norm<T>(a.p)) {
+        int block = static_cast<int>(blockIdx.x);
+        keep(block);  // the block's first tile is found once more, not kept while products are made
+        const uint32_t weights = tile == a.row_tiles.begin(block) ? shared + a.memory.norm_weights_offset : 0;
+        leave_norm<T, kRowTiles>(a.p, outputs, m0, warp, warps, lane, parts, weights);
       }
       if (tile + kRowTiles < end_tile) __syncthreads();  // before the next tiles' sums are laid out
     }

@@ -29,7 +29,9 @@ std::string to_string(const Wna16PanelsParams& p) {
       .add("groups_per_block", p.groups_per_block)
       .add("zeros", p.has_zeros ? "stored" : "symmetric")
       .add("rows", p.gate_up ? "gate and up" : "plain")
-      .add("norm", p.norm_weight != nullptr ? "yes" : "no")
+      .add("norm", p.norm_weight == nullptr ? "no"
+                   : p.squares == nullptr   ? "yes"
+                                            : "left")
       .add("dtype", to_string(p.dtype))
       .str();
 }
@@ -58,6 +60,9 @@ bool has_arch(const std::string& arch) {
   return ("," + build_info().archs + ",").find("," + arch + ",") != std::string::npos;
 }
 
+// Whether one of the norms is left to the product behind, which the streaming kernel alone can do and use.
+bool has_pending_norm(const Wna16PanelsParams& p) { return p.squares != nullptr || p.x_squares != nullptr; }
+
 bool has_gemm(const DeviceProps& props) {
   // wgmma is code of sm_90a alone.
   static const bool is_built = has_arch("90a");
@@ -67,12 +72,18 @@ bool has_gemm(const DeviceProps& props) {
 }  // namespace
 
 bool uses_gemm(const Wna16PanelsParams& p, const DeviceProps& props) {
-  if (!has_gemm(props) || p.batch_invariant || !gemm_can_read(p)) return false;
+  if (!has_gemm(props) || p.batch_invariant || has_pending_norm(p) || !gemm_can_read(p)) return false;
   return gemm_is_faster(kStreamMeasured, kGemmMeasured, p);
 }
 
 bool uses_tiles(const Wna16PanelsParams& p, const DeviceProps& props) {
-  return p.M >= kFewestTileTokens && !p.batch_invariant && tiles_can_run(p) && !has_gemm(props);
+  return p.M >= kFewestTileTokens && !p.batch_invariant && !has_pending_norm(p) && tiles_can_run(p) &&
+         !has_gemm(props);
+}
+
+bool may_pend_norm(const Wna16PanelsParams& p, const DeviceProps& props) {
+  return p.dtype == DType::kBFloat16 && p.M <= kMaxPendingRows && !p.batch_invariant &&
+         !uses_gemm(p, props) && !uses_tiles(p, props);
 }
 
 namespace {
@@ -182,8 +193,26 @@ Status check(const Wna16PanelsParams& p) {
     checks.aligned("panels", p.panels, 16);
     checks.require((p.norm_weight == nullptr) == (p.norm_out == nullptr), "norm_out",
                    p.norm_out == nullptr ? "null" : "given", "null exactly when norm_weight is null");
+    checks.require(p.squares == nullptr || p.norm_weight != nullptr, "squares", "given",
+                   "null without norm_weight");
+  }
+  if (has_pending_norm(p)) {
+    const char* name = p.squares != nullptr ? "squares" : "x_squares";
+    checks.require(p.dtype == DType::kBFloat16, name, "given with dtype " + std::string(to_string(p.dtype)),
+                   "null but for bfloat16");
+    checks.require(p.M <= kMaxPendingRows, name, "given with M=" + std::to_string(p.M),
+                   "null above " + std::to_string(kMaxPendingRows) + " tokens");
+    checks.require(!p.batch_invariant, name, "given", "null with batch_invariant");
+    checks.aligned("squares", p.squares, alignof(float)).aligned("x_squares", p.x_squares, 16);
+    if (p.x_squares != nullptr) checks.multiple_of("K", p.K, 4 * kSquaredColumns);
   }
   return checks.status("wna16_panels", p);
+}
+
+// For the kernels that can neither leave a norm nor take one that was left.
+void require_whole_norms(Checks& checks, const Wna16PanelsParams& p) {
+  checks.require(p.squares == nullptr, "squares", "given", "null for this kernel");
+  checks.require(p.x_squares == nullptr, "x_squares", "given", "null for this kernel");
 }
 
 Status check(const Wna16PanelsParams& p, const StreamConfig& c, const DeviceProps& props) {
@@ -221,6 +250,7 @@ Status check(const Wna16PanelsParams& p, const GemmConfig& c, const DeviceProps&
   checks.require(has_gemm(props), "device", "without wgmma, or the library without its code", "sm_90a");
   checks.require(gemm_can_read(p), "x", "misaligned", "rows aligned to 16 bytes for this kernel");
   checks.require(!p.batch_invariant, "batch_invariant", "yes", "no for this kernel");
+  require_whole_norms(checks, p);
   const auto is_own = [&](const GemmTile& tile) {
     return tile.token_tile == c.token_tile && tile.warp_groups == c.warp_groups;
   };
@@ -247,6 +277,7 @@ Status check(const Wna16PanelsParams& p, const TilesConfig& c, const DeviceProps
   checks.require(tiles_can_run(p), "x", "misaligned, or N too large",
                  "rows aligned to 16 bytes, and N up to 64 * 65535 for this kernel");
   checks.require(!p.batch_invariant, "batch_invariant", "yes", "no for this kernel");
+  require_whole_norms(checks, p);
   checks.one_of("token_tiles", c.token_tiles, {2, 4, 6, 8}).one_of("row_groups", c.row_groups, {1, 2, 4});
   checks.one_of("column_groups", c.column_groups, {2, 4, 8});
   if (!checks.ok()) return checks.status("wna16_panels", p);
@@ -313,7 +344,7 @@ Status with_norm(const Wna16PanelsParams& p, const Status& status) {
 }
 
 Status run_with_norm(const Wna16PanelsParams& p, const StreamConfig& config, const DeviceProps&) {
-  return with_norm(p, run(p, config));
+  return p.squares != nullptr ? run(p, config) : with_norm(p, run(p, config));
 }
 
 // The kernel that adds parts up may norm the rows as well.

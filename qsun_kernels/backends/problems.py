@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BACKENDS",
     "KV_SCALES",
+    "MAX_PENDING_ROWS",
     "ApplyRopeProblem",
     "AttentionImplementation",
     "AttentionPlan",
@@ -29,6 +30,8 @@ __all__ = [
     "LinearImplementation",
     "LinearOperator",
     "PagedAttentionDecodeProblem",
+    "PendingNorm",
+    "PendingNorms",
     "PreparedWeight",
     "Problem",
     "RmsNormProblem",
@@ -44,6 +47,9 @@ BackendName = Literal["cuda", "triton", "torch"]
 
 LinearOperator = Literal["wna16_linear", "wna16_gate_up_silu"]
 """The operators that read a `PreparedWeight`."""
+
+MAX_PENDING_ROWS = 16
+"""Rows whose norm one product can leave to the next."""
 
 BACKENDS: tuple[BackendName, ...] = ("cuda", "triton", "torch")
 """Every backend, in the order of preference."""
@@ -283,9 +289,11 @@ class LinearImplementation(Implementation):
 
     prepare: (packed weight on the device of its use, with scales already in `dtype`; dtype of the
     activations) -> the weight in the layout that `run` reads, for the operator of this implementation.
+    pending: of `wna16_linear`, how the backend leaves norms to the products behind; None where it does not.
     """
 
     prepare: Callable[[PackedWeight, torch.dtype], PreparedWeight]
+    pending: PendingNorms | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,6 +327,39 @@ class AttentionPlan:
     q_len: int
     backend: BackendName | None
     tensors: tuple[torch.Tensor, ...] | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PendingNorm:
+    """Rows of which a part of the RMS norm is left to do: the norm is ``weighted / sqrt(mean + eps)``.
+
+    weighted: (M, K), the rows times the norm's weight, rounded once. squares: float32 (M, ceil(K / 16)), sums
+    of squares of the rows, of 16 neighbouring columns each; mean is their sum over K. Made by
+    `wna16_linear_pending_norm`; `wna16_linear` and `wna16_gate_up_silu` take it as x, and multiply their
+    float32 sums by the root.
+    """
+
+    weighted: torch.Tensor
+    squares: torch.Tensor
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class PendingNorms:
+    """How one backend leaves a norm to the product behind.
+
+    cannot_leave, cannot_take: None when a product with this weight can leave the norm of its rows, or take
+    one as x, else why not, in one line. pays: (rows, weight, weight of the product behind) whether both
+    products run as they would without, so that a launch is all that changes. leave: (x, weight, residual,
+    norm_weight, eps, bias) -> (norm, r). take: (x, weight, bias, residual, out) -> what the operator that the
+    weight was prepared for returns.
+    """
+
+    cannot_leave: Callable[[PreparedWeight], str | None]
+    cannot_take: Callable[[PreparedWeight], str | None]
+    pays: Callable[[int, PreparedWeight, PreparedWeight], bool]
+    leave: Callable[..., tuple[PendingNorm, torch.Tensor]]
+    take: Callable[..., torch.Tensor]
 
 
 _ORDERED = ".ordered"

@@ -6,6 +6,7 @@ from qsun_kernels.ops.apply_rope import apply_rope
 from qsun_kernels.ops.dequantize import dequantize
 from qsun_kernels.ops.explain import explain
 from qsun_kernels.ops.paged_attention_decode import paged_attention_decode
+from qsun_kernels.ops.pending_norm import norm_may_pend, wna16_linear_pending_norm
 from qsun_kernels.ops.plan_paged_attention import plan_paged_attention
 from qsun_kernels.ops.rms_norm import rms_norm
 from qsun_kernels.ops.rope_cache import RopeParameters, rope_cache
@@ -21,6 +22,7 @@ __all__ = [
     "apply_rope",
     "dequantize",
     "explain",
+    "norm_may_pend",
     "paged_attention_decode",
     "plan_paged_attention",
     "prepare_gate_up",
@@ -31,6 +33,7 @@ __all__ = [
     "silu_and_mul",
     "wna16_gate_up_silu",
     "wna16_linear",
+    "wna16_linear_pending_norm",
     "wna16_linear_rms_norm",
     "write_kv_cache",
 ]

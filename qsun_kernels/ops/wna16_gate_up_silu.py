@@ -8,10 +8,16 @@ import torch
 from torch import Tensor
 
 from qsun_kernels.backends.dispatch import launcher_of
-from qsun_kernels.backends.problems import BackendName, PreparedWeight, Wna16GateUpSiluProblem
+from qsun_kernels.backends.problems import (
+    BackendName,
+    PendingNorm,
+    PreparedWeight,
+    Wna16GateUpSiluProblem,
+)
 from qsun_kernels.ops import checks
 from qsun_kernels.ops.dequantize import encode_group_size
 from qsun_kernels.ops.library import is_traced, refuse_gradient, register
+from qsun_kernels.ops.pending_norm import take
 from qsun_kernels.ops.prepared import check_prepared, prepare, rebuilt
 from qsun_kernels.quant import PackedWeight
 
@@ -39,7 +45,11 @@ def prepare_gate_up(
 
 
 def wna16_gate_up_silu(
-    x: Tensor, weight: PreparedWeight, *, out: Tensor | None = None, backend: BackendName | None = None
+    x: Tensor | PendingNorm,
+    weight: PreparedWeight,
+    *,
+    out: Tensor | None = None,
+    backend: BackendName | None = None,
 ) -> Tensor:
     """``silu(x @ gate.T) * (x @ up.T)``, silu(z) = z / (1 + exp(-z)) (SwiGLU, Shazeer, arXiv 2002.05202).
 
@@ -47,23 +57,16 @@ def wna16_gate_up_silu(
     of stride 1; out (..., I) like it. Returns (..., I), which is `out` when that is given (contiguous, and
     sharing no memory with x). Sums, silu and the product of the two are float32. Where the work is more than
     one kernel (torch, Triton), gate and up are rounded to the dtype of x in between, so that float16 has to
-    hold them. backend: the weight's own, or ValueError.
+    hold them. x may also be rows whose norm is pending (`wna16_linear_pending_norm`), for calls that are not
+    traced. backend: the weight's own, or ValueError.
 
-    Raises TypeError or ValueError naming the argument, RuntimeError if a gradient is wanted.
+    Raises TypeError or ValueError naming the argument, RuntimeError if a gradient is wanted; for a norm that
+    is pending also BackendUnavailable, and RuntimeError in traced code.
     """
-    check_prepared(weight, "wna16_gate_up_silu", backend)
-    dtype, device = weight.dtype, weight.device
-    checks.beside("x", x, dtype, device, "for which the weight was prepared")
-    checks.rows("x", x)
-    if x.shape[-1] != weight.K:
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., K) = (..., {weight.K})")
-    if out is not None:
-        checks.beside("out", out, dtype, device, "like x")
-        checks.shape("out", out, (*x.shape[:-1], weight.N // 2), "(..., I)")
-        checks.contiguous("out", out)
-        if out is x:
-            raise ValueError("out is x, expected memory of its own")
-    refuse_gradient("wna16_gate_up_silu", x=x, out=out)
+    if isinstance(x, PendingNorm):
+        _check(x.weighted, weight, out, backend)
+        return take(x, weight, None, None, out)
+    _check(x, weight, out, backend)
     if is_traced(x, out, *weight.tensors):
         spec = weight.spec
         y = torch.ops.qsun.wna16_gate_up_silu(
@@ -78,6 +81,22 @@ def wna16_gate_up_silu(
         )
         return cast(Tensor, y if out is None else out.copy_(y))
     return _launch(x, weight, out)
+
+
+def _check(x: Tensor, weight: PreparedWeight, out: Tensor | None, backend: str | None) -> None:
+    check_prepared(weight, "wna16_gate_up_silu", backend)
+    dtype, device = weight.dtype, weight.device
+    checks.beside("x", x, dtype, device, "for which the weight was prepared")
+    checks.rows("x", x)
+    if x.shape[-1] != weight.K:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., K) = (..., {weight.K})")
+    if out is not None:
+        checks.beside("out", out, dtype, device, "like x")
+        checks.shape("out", out, (*x.shape[:-1], weight.N // 2), "(..., I)")
+        checks.contiguous("out", out)
+        if out is x:
+            raise ValueError("out is x, expected memory of its own")
+    refuse_gradient("wna16_gate_up_silu", x=x, out=out)
 
 
 def _launch(x: Tensor, weight: PreparedWeight, out: Tensor | None) -> Tensor:

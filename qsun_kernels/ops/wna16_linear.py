@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from qsun_kernels.backends.dispatch import launcher_of
-from qsun_kernels.backends.problems import BackendName, PreparedWeight, Wna16Problem
+from qsun_kernels.backends.problems import BackendName, PendingNorm, PreparedWeight, Wna16Problem
 from qsun_kernels.ops import checks
 from qsun_kernels.ops.dequantize import encode_group_size
 from qsun_kernels.ops.library import is_traced, refuse_gradient, register
+from qsun_kernels.ops.pending_norm import take
 from qsun_kernels.ops.prepared import check_prepared, prepare, rebuilt
 from qsun_kernels.quant import PackedWeight
 
@@ -38,7 +39,7 @@ def prepare_weight(
 
 
 def wna16_linear(
-    x: Tensor,
+    x: Tensor | PendingNorm,
     weight: PreparedWeight,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
@@ -52,15 +53,22 @@ def wna16_linear(
     x (..., K) of the dtype and on the device that the weight was prepared for, last dimension of stride 1;
     bias (N,), residual (..., N) and out (..., N) like it. Returns (..., N), which is `out` when that is given
     (contiguous, and sharing no memory with the inputs). Kernels round once, at the end; torch, where it has
-    no fused form of a bias or residual, rounds the product first.
+    no fused form of a bias or residual, rounds the product first. x may also be rows whose norm is pending
+    (`wna16_linear_pending_norm`), for calls that are neither traced nor batch_invariant.
 
     batch_invariant: row i of the result is, bit for bit, what it is for row i of x alone, whatever the number
     of the other rows and what they hold. Results repeat either way; what this takes is the freedom to cut the
     work by the number of rows, so it may be slower. A backend that cannot promise it raises.
     backend: the weight's own, or ValueError: the layout was made for it by `prepare_weight`.
 
-    Raises TypeError or ValueError naming the argument, RuntimeError if a gradient is wanted.
+    Raises TypeError or ValueError naming the argument, RuntimeError if a gradient is wanted; for a norm that
+    is pending also BackendUnavailable, and RuntimeError in traced code.
     """
+    if isinstance(x, PendingNorm):
+        _check(x.weighted, weight, bias, residual, out, batch_invariant, backend)
+        if batch_invariant:
+            raise ValueError("batch_invariant is True, expected False for an x whose norm is pending")
+        return take(x, weight, bias, residual, out)
     _check(x, weight, bias, residual, out, batch_invariant, backend)
     if is_traced(x, bias, residual, out, *weight.tensors):
         spec = weight.spec

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qsun_kernels.backends.problems import PendingNorm
 from qsun_kernels.ops import sample_tokens
 from qsun_kernels.quant import PackedWeight
 from qsun_kernels.testing import oracles
@@ -99,7 +100,7 @@ def judge_paged_attention_decode(got: tuple[Tensor, Tensor], inputs: PagedAttent
 
 def judge_wna16_linear(
     got: Tensor,
-    x: Tensor,
+    x: Tensor | PendingNorm,
     packed: PackedWeight,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
@@ -107,8 +108,9 @@ def judge_wna16_linear(
     columns: Tensor | None = None,
 ) -> Comparison:
     """got: (..., N). columns: int64, outputs to look at when all would take too much float64 memory."""
-    if got.shape != (*x.shape[:-1], packed.N):
-        report = f"wna16_linear: got {tuple(got.shape)}, expected {(*x.shape[:-1], packed.N)}"
+    expected = (*oracles.plain_rows(x).shape[:-1], packed.N)
+    if got.shape != expected:
+        report = f"wna16_linear: got {tuple(got.shape)}, expected {expected}"
         return Comparison(False, float("inf"), 0.0, 0.0, report)
     if columns is not None:
         got, packed = got[..., columns], oracles.take_rows(packed, columns)
@@ -119,12 +121,13 @@ def judge_wna16_linear(
 
 
 def judge_wna16_gate_up_silu(
-    got: Tensor, x: Tensor, packed: PackedWeight, *, columns: Tensor | None = None
+    got: Tensor, x: Tensor | PendingNorm, packed: PackedWeight, *, columns: Tensor | None = None
 ) -> Comparison:
     """got: (..., N / 2) for packed [gate; up] (N, K). columns: as for `judge_wna16_linear`."""
     size = packed.N // 2
-    if got.shape != (*x.shape[:-1], size):
-        report = f"wna16_gate_up_silu: got {tuple(got.shape)}, expected {(*x.shape[:-1], size)}"
+    expected = (*oracles.plain_rows(x).shape[:-1], size)
+    if got.shape != expected:
+        report = f"wna16_gate_up_silu: got {tuple(got.shape)}, expected {expected}"
         return Comparison(False, float("inf"), 0.0, 0.0, report)
     if columns is not None:
         got, packed = got[..., columns], oracles.take_rows(packed, torch.cat((columns, size + columns)))

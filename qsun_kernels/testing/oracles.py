@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qsun_kernels.backends.problems import PendingNorm
 from qsun_kernels.quant import PackedWeight
 from qsun_kernels.testing.inputs import PagedAttentionInputs
 from qsun_kernels.testing.kv_codes import dequantised
@@ -237,11 +238,27 @@ def exact_weight(packed: PackedWeight) -> Tensor:
     return (packed.codes().double() - zeros) * packed.scales.double()[:, groups]
 
 
+def exact_rows(x: Tensor | PendingNorm) -> Tensor:
+    """The rows that a product multiplies, in float64; of a norm that is pending, the norm."""
+    if isinstance(x, Tensor):
+        return x.double()
+    mean = x.squares.double().sum(-1, keepdim=True) / x.weighted.shape[-1]
+    return x.weighted.double() / (mean + x.eps).sqrt()
+
+
+def plain_rows(x: Tensor | PendingNorm) -> Tensor:
+    """The same in the dtype of the activations."""
+    return x if isinstance(x, Tensor) else exact_rows(x).to(x.weighted.dtype)
+
+
 def exact_linear(
-    x: Tensor, packed: PackedWeight, bias: Tensor | None = None, residual: Tensor | None = None
+    x: Tensor | PendingNorm,
+    packed: PackedWeight,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Sum:
     """``x @ W.T (+ bias) (+ residual)``, (..., N)."""
-    weight, wide = exact_weight(packed), x.double()
+    weight, wide = exact_weight(packed), exact_rows(x)
     product = wide @ weight.T
     value, terms, squares = product, wide.abs() @ weight.abs().T, wide.square() @ weight.square().T
     for term in (bias, residual):
@@ -251,14 +268,18 @@ def exact_linear(
 
 
 def plain_linear(
-    x: Tensor, packed: PackedWeight, bias: Tensor | None = None, residual: Tensor | None = None
+    x: Tensor | PendingNorm,
+    packed: PackedWeight,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """torch's own linear layer on the weight dequantised to the dtype of x, then the residual."""
+    x = plain_rows(x)
     y = functional.linear(x, exact_weight(packed).to(x.dtype), bias)
     return y if residual is None else y + residual
 
 
-def exact_gate_up_silu(x: Tensor, packed: PackedWeight) -> Sum:
+def exact_gate_up_silu(x: Tensor | PendingNorm, packed: PackedWeight) -> Sum:
     """``silu(gate) * up`` with gate and up the two halves of ``x @ W.T``, (..., N / 2).
 
     An error of gate arrives times silu'(gate) * up, one of up times silu(gate); errors of both, rounded as x
@@ -271,12 +292,12 @@ def exact_gate_up_silu(x: Tensor, packed: PackedWeight) -> Sum:
     of_gate, of_up = (slope * up).abs(), silu.abs()
     gate_scale, up_scale = product.scale.chunk(2, dim=-1)
     gate_terms, up_terms = product.terms.chunk(2, dim=-1)
-    both = torch.finfo(x.dtype).eps / 2 * gate_scale * up_scale
+    both = torch.finfo(plain_rows(x).dtype).eps / 2 * gate_scale * up_scale
     scale = (of_gate * gate_scale).maximum(of_up * up_scale).maximum(both)
     return Sum(silu * up, scale, of_gate * gate_terms + of_up * up_terms)
 
 
-def plain_gate_up_silu(x: Tensor, packed: PackedWeight) -> Tensor:
+def plain_gate_up_silu(x: Tensor | PendingNorm, packed: PackedWeight) -> Tensor:
     """torch's own linear layer, then two operations."""
     return plain_silu_and_mul(plain_linear(x, packed))
 

@@ -11,10 +11,17 @@
 
 namespace qsun {
 
+constexpr int64_t kMaxPendingRows = 16;  // tokens whose norm one product can leave to the next
+
 // out = x @ w.T (+ bias) (+ residual), or silu(x @ gate.T) * (x @ up.T), with a weight laid out in panels
 // (csrc/wna16/panels.h) and x of a 16-bit type. w[n, k] = (code - zero) * scale. With a norm, which ends a
 // residual block, also norm_out = out / sqrt(mean(out^2) + norm_eps) * norm_weight over the rows of out as
 // they were rounded: the bits are those of the kernel of rms_norm.h.
+//
+// Up to kMaxPendingRows tokens of bfloat16 the streaming kernel can leave a norm to the product behind it.
+// The one in front, with `squares`, gives norm_out = out * norm_weight, rounded once, and sums of squares of
+// out. The one behind takes that norm_out as x and the squares as x_squares, and multiplies its sums by
+// 1 / sqrt(sum of a row's x_squares / K + x_eps).
 struct Wna16PanelsParams {
   const void* x = nullptr;            // (M, K) dtype, rows x_stride elements apart
   const uint8_t* panels = nullptr;    // (ceil(N / 64), column_blocks, block_bytes), aligned to 16 bytes
@@ -23,7 +30,9 @@ struct Wna16PanelsParams {
   const void* norm_weight = nullptr;  // (N,) dtype; null: no norm
   void* out = nullptr;       // (M, N) dtype, or (M, N / 2) for gate_up, rows out_stride elements apart
   void* norm_out = nullptr;  // (M, N) dtype, contiguous; null exactly when norm_weight is
-  void* scratch = nullptr;   // wna16_panels_scratch_bytes(), aligned to 16; used by this call alone
+  float* squares = nullptr;  // (M, ceil(N / 16)), of 16 neighbouring columns each; null: the norm is not left
+  const float* x_squares = nullptr;  // (M, K / 16), aligned to 16, K divisible by 64; null: x is whole
+  void* scratch = nullptr;           // wna16_panels_scratch_bytes(), aligned to 16; used by this call alone
   int64_t scratch_bytes = 0;
   int64_t M = 0;              // 0: nothing is launched
   int64_t N = 0;              // rows of the weight; of gate and up together for gate_up
@@ -32,7 +41,8 @@ struct Wna16PanelsParams {
   int64_t x_stride = 0;
   int64_t residual_stride = 0;
   int64_t out_stride = 0;
-  float norm_eps = 0.0f;
+  float norm_eps = 0.0f;     // unused with squares
+  float x_eps = 0.0f;        // of the norm that x_squares belong to
   int bits = 4;              // 2, 3, 4 or 8
   int groups_per_block = 1;  // 4, 2 or 1: groups of 32, 64 or 128 columns
   bool has_zeros = false;    // zero points are stored; else every zero is 2^(bits - 1)
@@ -95,9 +105,13 @@ QSUN_API std::vector<GemmTile> gemm_tiles();
 
 // What runs a problem: a kernel for many tokens (csrc/wna16/gemm_sm90.cuh, or tiles_sm80.cuh where that one
 // cannot run) or the streaming one, and how each is launched. Pure: they depend on the sizes, the alignment
-// of the pointers and the device alone.
+// of the pointers and the device alone. With squares or x_squares it is the streaming one.
 QSUN_API bool uses_gemm(const Wna16PanelsParams& params, const DeviceProps& props);
 QSUN_API bool uses_tiles(const Wna16PanelsParams& params, const DeviceProps& props);
+// Whether a product of these sizes may leave the norm of its rows to the product behind, or take one that was
+// left, and be what it is without: the dtype and the number of tokens allow it, and the streaming kernel is
+// the choice in any case.
+QSUN_API bool may_pend_norm(const Wna16PanelsParams& params, const DeviceProps& props);
 QSUN_API StreamConfig choose_stream(const Wna16PanelsParams& params, const DeviceProps& props);
 QSUN_API GemmConfig choose_gemm(const Wna16PanelsParams& params, const DeviceProps& props);
 QSUN_API TilesConfig choose_tiles(const Wna16PanelsParams& params, const DeviceProps& props);

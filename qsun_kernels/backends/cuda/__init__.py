@@ -2,6 +2,7 @@
 
     library    the binding, what it was built for, why it cannot run here; what launchers share
     linear     wna16_linear, wna16_linear_rms_norm, wna16_gate_up_silu, dequantize
+    pending_norm  norms that one of these leaves to the next
     attention  paged_attention_decode
     write_kv_cache
     fused      rms_norm, silu_and_mul, apply_rope
@@ -17,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from qsun_kernels.backends.cuda import attention, fused, linear, sampling, write_kv_cache
+from qsun_kernels.backends.cuda import attention, fused, linear, pending_norm, sampling, write_kv_cache
 from qsun_kernels.backends.cuda.library import always, build_info, covers, unavailable
 from qsun_kernels.backends.problems import (
     AttentionImplementation,
@@ -30,7 +31,11 @@ __all__ = ["IMPLEMENTATIONS", "build_info", "covers", "unavailable"]
 IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
     {
         "wna16_linear": LinearImplementation(
-            linear.supports_linear, linear.wna16_linear, linear.describe_linear, linear.prepare
+            linear.supports_linear,
+            linear.wna16_linear,
+            linear.describe_linear,
+            linear.prepare,
+            pending_norm.PENDING_NORMS,
         ),
         "wna16_gate_up_silu": LinearImplementation(
             linear.supports_gate_up,

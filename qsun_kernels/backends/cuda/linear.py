@@ -13,6 +13,7 @@ from qsun_kernels.backends.panels import BLOCK_COLUMNS, pack_panels
 from qsun_kernels.backends.problems import (
     DequantizeProblem,
     LinearOperator,
+    PendingNorm,
     PreparedWeight,
     Wna16GateUpSiluProblem,
     Wna16LinearRmsNormProblem,
@@ -103,11 +104,16 @@ def wna16_linear(
 
 
 class Norm(NamedTuple):
-    """What a product's rows go through at its end: out (M, N) is their norm."""
+    """What a product's rows go through at its end: out (M, N) is their norm.
+
+    squares: None, or the sums of squares of a norm that is left to the product behind
+    (`PendingNorm.squares`); out is then its weighted rows.
+    """
 
     weight: Tensor
     eps: float
     out: Tensor
+    squares: Tensor | None = None
 
 
 def wna16_linear_rms_norm(
@@ -156,8 +162,14 @@ def _scratch_bytes(
     return needed
 
 
+def groups_per_block(weight: PreparedWeight) -> int:
+    """Groups of a block of a panel weight."""
+    group = 32 if weight.stored_layout.endswith("32") else weight.spec.group_size
+    return 1 if group == "channel" else BLOCK_COLUMNS // group
+
+
 def launch_panels(
-    x: Tensor,
+    x: Tensor | PendingNorm,
     weight: PreparedWeight,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -170,24 +182,25 @@ def launch_panels(
     norm: Norm | None = None,
 ) -> None:
     """config: which kernel to run and how, for tests and tuning; by default the library chooses."""
-    spec, panels = weight.spec, weight.tensors[0]
-    if len(weight.tensors) == 2:
+    spec, panels, groups = weight.spec, weight.tensors[0], groups_per_block(weight)
+    x_squares, x_eps = None, 0.0
+    if isinstance(x, PendingNorm):
+        x_squares, x_eps, x = x.squares, x.eps, x.weighted
+    elif len(weight.tensors) == 2:
         x = _gathered(x, weight.tensors[1], weight.is_prefetched)
-    group = 32 if weight.stored_layout.endswith("32") else spec.group_size
-    groups_per_block = 1 if group == "channel" else BLOCK_COLUMNS // group
     device = x.get_device()
     scratch, scratch_bytes = None, 0
     if config is not None:
         if not isinstance(config, library.binding.StreamConfig):
             sizes = x.shape[0], weight.N, x.shape[1]
             scratch_bytes = library.binding.wna16_parts_bytes(*sizes, config)
-    else:
+    elif x_squares is None and (norm is None or norm.squares is None):
         scratch_bytes = _scratch_bytes(
             x.shape[0],
             weight.N,
             x.shape[1],
             spec.bits,
-            groups_per_block,
+            groups,
             not spec.symmetric,
             batch_invariant,
             device,
@@ -201,8 +214,10 @@ def launch_panels(
         library.address(bias),
         library.address(residual),
         0 if norm is None else norm.weight.data_ptr(),
+        library.address(x_squares),
         out.data_ptr(),
         0 if norm is None else norm.out.data_ptr(),
+        0 if norm is None else library.address(norm.squares),
         library.address(scratch),
         scratch_bytes,
         x.shape[0],
@@ -213,8 +228,9 @@ def launch_panels(
         library.row_stride(residual),
         out.stride(0),
         0.0 if norm is None else norm.eps,
+        x_eps,
         spec.bits,
-        groups_per_block,
+        groups,
         not spec.symmetric,
         weight.operator == "wna16_gate_up_silu",
         batch_invariant,

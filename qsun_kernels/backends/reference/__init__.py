@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from qsun_kernels.backends.problems import Implementation
 from qsun_kernels.backends.reference import (
     apply_rope,
     dequantize,
     paged_attention_decode,
+    pending_norm,
     rms_norm,
     sample_tokens,
     silu_and_mul,
@@ -28,7 +30,7 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = {
     "sample_tokens": sample_tokens.IMPLEMENTATION,
     "silu_and_mul": silu_and_mul.IMPLEMENTATION,
     "wna16_gate_up_silu": wna16_gate_up_silu.IMPLEMENTATION,
-    "wna16_linear": wna16_linear.IMPLEMENTATION,
+    "wna16_linear": replace(wna16_linear.IMPLEMENTATION, pending=pending_norm.PENDING_NORMS),
     "wna16_linear_rms_norm": wna16_linear_rms_norm.IMPLEMENTATION,
     "write_kv_cache": write_kv_cache.IMPLEMENTATION,
 }

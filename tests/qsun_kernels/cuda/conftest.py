@@ -30,7 +30,7 @@ import pytest
 import torch
 
 from qsun_kernels.backends import cuda
-from qsun_kernels.backends.cuda import attention, library, linear
+from qsun_kernels.backends.cuda import attention, library, linear, pending_norm
 
 ROOT = Path(__file__).resolve().parents[3]
 EMULATOR = Path(__file__).resolve().parent / "emulator"
@@ -109,6 +109,7 @@ def emulated_kernels(
     # Both devices have index -1 there
     attention._launch_of.cache_clear()
     linear._scratch_bytes.cache_clear()
+    pending_norm._may_pend.cache_clear()
     monkeypatch.setattr(library, "device_props", lambda index: emulated_extension.device_info(device))
     return Kernels(torch.device("cpu"), False)
 

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
+
+from qsun_kernels.backends import cuda
+from qsun_kernels.backends.cuda import library, pending_norm
+from qsun_kernels.quant import QuantSpec
+from qsun_kernels.testing import inputs
 
 
 @pytest.mark.parametrize(
@@ -80,6 +86,60 @@ def test_what_tiles_do_not_take_is_streamed(extension, a100) -> None:
         assert kernel(64, 4096, bits) == "stream"
     assert kernel(64, 4100, 4) == "stream"  # rows of x that 16 bytes do not divide
     assert kernel(64, 4096, 4, invariant=True) == "stream"
+
+
+LLAMA = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
+
+
+def test_where_a_norm_may_be_left_to_the_next_product(extension, h100, a100) -> None:
+    """Up to 16 tokens of bfloat16, where the streaming kernel is the choice in any case."""
+    bfloat16, float16 = 2, 1
+    answers = set()
+    for props in (h100, a100):
+        for N, K in (*LLAMA, *SHAPES):
+            for M in (*range(1, 20), 64):
+                for bits in (2, 3, 4, 8):
+                    sizes = (M, N, K, bits, 1, bits == 3)
+                    streams = extension.describe_wna16_panels(*sizes, False, props).startswith("stream ")
+                    got = extension.may_pend_wna16_norm(*sizes, bfloat16, props)
+                    assert got == (streams and M <= 16)
+                    answers.add((got, streams, M <= 16))
+                    assert not extension.may_pend_wna16_norm(*sizes, float16, props)
+        # All products of a decode step of few rows
+        for M in (1, 2, 4, 8):
+            assert all(extension.may_pend_wna16_norm(M, N, K, 4, 1, False, bfloat16, props) for N, K in LLAMA)
+    assert (False, False, True) in answers  # few tokens, but not streamed: this loop can fail
+
+
+def test_whether_leaving_a_norm_pays_is_asked_of_the_library(extension, h100, monkeypatch) -> None:
+    """With the sizes of both weights as the library has them: groups, zeros, columns that are gathered."""
+    asked: list[tuple[object, ...]] = []
+
+    class Recording:
+        def may_pend_wna16_norm(self, *arguments: object) -> bool:
+            asked.append(arguments[:-1])
+            return bool(extension.may_pend_wna16_norm(*arguments))
+
+    monkeypatch.setattr(library, "binding", Recording())
+    monkeypatch.setattr(library, "device_props", lambda index: h100)
+    monkeypatch.setattr(pending_norm, "_may_pend", pending_norm._may_pend.__wrapped__)
+
+    def weight(N: int, K: int, spec: QuantSpec, act_order: bool = False, operator: str = "wna16_linear"):
+        packed = inputs.packed_weight(inputs.generator(0), N, K, spec, act_order=act_order)
+        prepare = cuda.IMPLEMENTATIONS[operator].prepare
+        return prepare(packed.with_scales(torch.bfloat16), torch.bfloat16)
+
+    plain, gate_up = QuantSpec(4, 128, True), "wna16_gate_up_silu"
+    assert pending_norm.pays(1, weight(128, 256, plain), weight(512, 128, plain, operator=gate_up))
+    assert asked == [(1, 128, 256, 4, 1, False, 2), (1, 512, 128, 4, 1, False, 2)]
+    asked.clear()
+    ordered = weight(128, 200, QuantSpec(4, 32, False), act_order=True)
+    assert pending_norm.pays(8, ordered, weight(64, 128, QuantSpec(8, 64, True)))
+    columns = len(ordered.tensors[1])
+    assert columns > 200
+    assert asked == [(8, 128, columns, 4, 4, True, 2), (8, 64, 128, 8, 2, False, 2)]
+    asked.clear()
+    assert not pending_norm.pays(17, ordered, ordered) and len(asked) == 1
 
 
 def test_choose_rms_norm(extension, h100, a100) -> None:

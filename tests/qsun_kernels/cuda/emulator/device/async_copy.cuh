@@ -17,6 +17,9 @@ inline void copy_async_streamed_or_zero(uint32_t shared, const void* global, int
   emulator::copy_async(shared, global, bytes);
 }
 
+constexpr int kSectorBytes = 32;
+inline void prefetch_to_l2(const void*) {}
+
 inline void copy_async(uint32_t shared, const void* global) { emulator::copy_async(shared, global, 16); }
 
 inline void copy_async_or_zero(uint32_t shared, const void* global, int bytes) {
