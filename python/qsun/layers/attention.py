@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qsun.core import DecodeAttention, ForwardContext, PrefillAttention
 from qsun.kv_cache.tensors import LayerKV
-from qsun.layers.linear import Linear
+from qsun.layers.linear import Linear, Normed
 from qsun.layers.norm import RMSNorm
 from qsun.layers.prefill_attention import attend_chunks, plan_prefill_attention
 from qsun_kernels import paged_attention_decode, write_kv_cache
@@ -59,11 +59,11 @@ class Attention:
         self.k_norm = k_norm
         self.window = window
 
-    def __call__(self, x: Tensor, ctx: ForwardContext, kv: LayerKV, cos_sin: Tensor) -> Tensor:
+    def __call__(self, x: Normed, ctx: ForwardContext, kv: LayerKV, cos_sin: Tensor) -> Tensor:
         """x (T, H) -> (T, H), through `attended` and `o`."""
         return self.o(self.attended(x, ctx, kv, cos_sin))
 
-    def attended(self, x: Tensor, ctx: ForwardContext, kv: LayerKV, cos_sin: Tensor) -> Tensor:
+    def attended(self, x: Normed, ctx: ForwardContext, kv: LayerKV, cos_sin: Tensor) -> Tensor:
         """The heads' outputs side by side, the input of `o`: x (T, H) -> (T, num_q_heads * head_dim).
 
         Writes the keys and values of these T tokens to the cache on the way.  kv: this layer's cache.
@@ -87,9 +87,9 @@ class Attention:
             )
         else:
             out = self._attend_chunks(q, kv, ctx.attention)
-        return out.view(x.shape[0], self.num_q_heads * self.head_dim)
+        return out.view(q.shape[0], self.num_q_heads * self.head_dim)
 
-    def write_kv(self, x: Tensor, ctx: ForwardContext, kv: LayerKV, cos_sin: Tensor) -> Tensor:
+    def write_kv(self, x: Normed, ctx: ForwardContext, kv: LayerKV, cos_sin: Tensor) -> Tensor:
         """Write the keys and values of x (T, H) to the cache; gives the queries (T, num_q_heads, head_dim).
 
         Queries are as attention takes them: where the cache holds rotated keys, they are rotated as well.

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from qsun.layers.norm import RMSNorm
-from qsun_kernels import PackedWeight, PreparedWeight, wna16_linear, wna16_linear_rms_norm
+from qsun_kernels import (
+    PackedWeight,
+    PendingNorm,
+    PreparedWeight,
+    wna16_linear,
+    wna16_linear_pending_norm,
+    wna16_linear_rms_norm,
+)
+
+Normed: TypeAlias = Tensor | PendingNorm
+"""Rows (..., H) behind a norm, or rows (T, H) of whose norm a part is left to the layer that reads them."""
 
 
 class Linear(Protocol):
-    """y = x @ W.T (+ bias), with x (..., K) and y (..., N)."""
+    """y = x @ W.T (+ bias), with x (..., K) and y (..., N).
+
+    An x whose norm is pending is for a layer that `qsun.layers.residual.end_block` left it to; elsewhere it
+    is a TypeError.
+    """
 
     @property
     def N(self) -> int:
@@ -28,7 +42,7 @@ class Linear(Protocol):
     def nbytes(self) -> int:
         """Bytes that the layer keeps and that one call reads."""
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Normed) -> Tensor:
         """Apply the layer."""
 
     def end_block(self, x: Tensor, stream: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
@@ -36,6 +50,13 @@ class Linear(Protocol):
 
         Returns (normalised, new residual stream).
         """
+
+
+def whole(x: Normed) -> Tensor:
+    """x, whose norm is not pending: else TypeError."""
+    if isinstance(x, PendingNorm):
+        raise TypeError("x is a PendingNorm, expected a Tensor: this layer is not one low-bit product")
+    return x
 
 
 class DenseLinear:
@@ -68,9 +89,9 @@ class DenseLinear:
         """Bytes of weight and bias."""
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Normed) -> Tensor:
         """x (..., K) -> (..., N)."""
-        return functional.linear(x, self.weight, self.bias)
+        return functional.linear(whole(x), self.weight, self.bias)
 
     def end_block(self, x: Tensor, stream: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         """(normalised, new stream): the norm adds the output in its own pass; torch would copy the stream."""
@@ -105,7 +126,7 @@ class QuantLinear:
         """Bytes of the prepared weight and the bias."""
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Normed) -> Tensor:
         """x (..., K) -> (..., N)."""
         return wna16_linear(x, self.weight, self.bias)
 
@@ -114,6 +135,10 @@ class QuantLinear:
         a product, the norm is made in the same launch.
         """
         return wna16_linear_rms_norm(x, self.weight, stream, norm.weight, eps=norm.eps, bias=self.bias)
+
+    def leave_norm(self, x: Tensor, stream: Tensor, norm: RMSNorm) -> tuple[PendingNorm, Tensor]:
+        """(norm to be finished by the low-bit layer that reads it, new stream)."""
+        return wna16_linear_pending_norm(x, self.weight, stream, norm.weight, eps=norm.eps, bias=self.bias)
 
 
 class SplitLinear:
@@ -144,9 +169,9 @@ class SplitLinear:
         """Bytes of all parts."""
         return sum(part.nbytes for part in self.parts)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Normed) -> Tensor:
         """x (..., K) -> (..., N): the parts' outputs side by side."""
-        return torch.cat([part(x) for part in self.parts], dim=-1)
+        return torch.cat([part(whole(x)) for part in self.parts], dim=-1)
 
     def end_block(self, x: Tensor, stream: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         """(normalised, new stream): the parts' outputs are joined first."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qsun.layers.linear import Linear
+from qsun.layers.linear import Linear, Normed
 from qsun_kernels import PreparedWeight, silu_and_mul, wna16_gate_up_silu
 
 
@@ -34,7 +34,7 @@ class GateUpSilu:
         """Bytes of the prepared weight, which one call reads."""
         return self.weight.nbytes
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Normed) -> Tensor:
         """x (..., H) -> (..., F)."""
         return wna16_gate_up_silu(x, self.weight)
 
@@ -51,7 +51,7 @@ class GatedMLP:
         self.gate_up = gate_up
         self.down = down
 
-    def gated(self, x: Tensor) -> Tensor:
+    def gated(self, x: Normed) -> Tensor:
         """silu(gate(x)) * up(x), the input of `down`: x (T, H) -> (T, F)."""
         if isinstance(self.gate_up, GateUpSilu):
             return self.gate_up(x)

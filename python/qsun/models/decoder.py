@@ -10,9 +10,11 @@ from torch import Tensor
 from qsun.core import DecodeAttention, ForwardContext, PrefillAttention
 from qsun.kv_cache.tensors import KVCache, LayerKV
 from qsun.layers.attention import Attention
+from qsun.layers.linear import Linear, Normed, whole
 from qsun.layers.mlp import GatedMLP
 from qsun.layers.norm import RMSNorm
 from qsun.layers.prefill_attention import plan_prefill_attention
+from qsun.layers.residual import end_block
 from qsun.models.config import ModelConfig
 from qsun_kernels import plan_paged_attention
 
@@ -32,21 +34,23 @@ class DecoderLayer:
 
     def __call__(
         self,
-        normed: Tensor,
+        normed: Normed,
         stream: Tensor,
         ctx: ForwardContext,
         kv: LayerKV,
         cos_sin: Tensor,
         next_norm: RMSNorm,
-    ) -> tuple[Tensor, Tensor]:
+        next_reader: Linear | None = None,
+    ) -> tuple[Normed, Tensor]:
         """normed (T, H) is the residual stream (T, H) after this layer's `attention_norm`.
 
         Returns the same two for the next layer, whose norm is `next_norm`: a block's last product, its
-        addition to the stream and the norm that follows are one operation.
+        addition to the stream and the norm that follows are one operation. next_reader: the one layer that
+        reads that norm, to which a part of it may be left; None to have all of it.
         """
         attended = self.attention.attended(normed, ctx, kv, cos_sin)
-        normed, stream = self.attention.o.end_block(attended, stream, self.mlp_norm)
-        return self.mlp.down.end_block(self.mlp.gated(normed), stream, next_norm)
+        normed, stream = end_block(self.attention.o, attended, stream, self.mlp_norm, self.mlp.gate_up)
+        return end_block(self.mlp.down, self.mlp.gated(normed), stream, next_norm, next_reader)
 
 
 class DecoderStack:
@@ -76,7 +80,7 @@ class DecoderStack:
         Writes the keys and values of the T tokens to `kv_cache` at ctx.slot_mapping in every layer.
         """
         normed, _ = self._through(self.layers, hidden, self._with_plans(ctx, hidden, kv_cache), kv_cache)
-        return normed
+        return whole(normed)
 
     __call__ = forward
 
@@ -89,13 +93,15 @@ class DecoderStack:
 
     def _through(
         self, layers: Sequence[DecoderLayer], hidden: Tensor, ctx: ForwardContext, kv_cache: KVCache
-    ) -> tuple[Tensor, ForwardContext]:
+    ) -> tuple[Normed, ForwardContext]:
         """The input of what follows the first `layers`, and the context for it."""
         norms = [layer.attention_norm for layer in self.layers] + [self.norm]
-        normed, stream = norms[0](hidden), hidden
+        readers = [layer.attention.qkv for layer in self.layers[1:]] + [None]
+        normed: Normed = norms[0](hidden)
+        stream = hidden
         for index, layer in enumerate(layers):
             kv = kv_cache.layer(index)
-            normed, stream = layer(normed, stream, ctx, kv, self.cos_sin, norms[index + 1])
+            normed, stream = layer(normed, stream, ctx, kv, self.cos_sin, norms[index + 1], readers[index])
             if not ctx.settled:
                 ctx = replace(ctx, settled=True)
         return normed, ctx

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from qsun.core import ForwardContext, PrefillAttention, PrefillChunk
 from qsun.kv_cache.tensors import KVCache
-from qsun.layers.linear import Linear
+from qsun.layers.linear import Linear, Normed, whole
 from qsun.layers.mlp import GateUpSilu
 from qsun.layers.norm import RMSNorm
 from qsun.models.build import Placement, build_layer
@@ -64,8 +64,8 @@ class _Observed:
     def nbytes(self) -> int:
         return self.linear.nbytes
 
-    def __call__(self, x: Tensor) -> Tensor:
-        self.collector.update(x)
+    def __call__(self, x: Normed) -> Tensor:
+        self.collector.update(whole(x))
         return self.linear(x)
 
     def end_block(self, x: Tensor, stream: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
