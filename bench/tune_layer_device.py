@@ -17,11 +17,12 @@ from qsun_bench.tune_panels import LOAD_MS
 from qsun_bench.tune_panels_device import DTYPE, Row, config, weight_copies
 from qsun_kernels import AttentionPlan, paged_attention_decode, plan_paged_attention, write_kv_cache
 from qsun_kernels.backends.cuda import library, linear
-from qsun_kernels.backends.problems import LinearOperator, PreparedWeight
+from qsun_kernels.backends.problems import MAX_PENDING_ROWS, LinearOperator, PendingNorm, PreparedWeight
 from qsun_kernels.testing.timing import copies_to_overflow
 
 _BLOCK_SIZE = 16
 _EPS = 1e-5
+_READERS = {"o": "gate_up", "down": "qkv"}  # of the norms behind products
 _ROW_US, _WARM_MS, _TIMED_MS = 2000.0, 5.0, 20.0
 
 Call = Callable[[], object]
@@ -118,17 +119,27 @@ class LayerTrials:
         stream, middle, end = self._stream[:M], rows(shape.hidden), rows(shape.hidden)
         normed, qkv, attended = stream.clone(), rows(cells["qkv"].N), rows(cells["o"].K)
         activated = rows(cells["down"].K)
-        products: Mapping[str, tuple[Tensor, Tensor | None, Tensor]] = {
-            "qkv": (normed, None, qkv),
+        # As the engine has it: a norm is left to its reader where both are streamed.
+        pending = PendingNorm(normed, torch.ones(M, shape.hidden // 16, device=self._device), _EPS)
+        streamed = {product for product, how in told.items() if isinstance(how, library.binding.StreamConfig)}
+        leaves = {
+            product: M <= MAX_PENDING_ROWS and {product, reader} <= streamed
+            for product, reader in _READERS.items()
+        }
+        products: Mapping[str, tuple[Tensor | PendingNorm, Tensor | None, Tensor]] = {
+            "qkv": (pending if leaves["down"] else normed, None, qkv),
             "o": (attended, stream, middle),
-            "gate_up": (normed, None, activated),
+            "gate_up": (pending if leaves["o"] else normed, None, activated),
             "down": (activated, middle, end),
         }
 
         def call_of(product: str, layer: int) -> Call:
             x, residual, out = products[product]
             weight, how = self._weights[product][layer], told[product]
-            norm = None if residual is None else linear.Norm(self._norms[layer], _EPS, normed)
+            norm = None
+            if residual is not None:
+                squares = pending.squares if leaves[product] else None
+                norm = linear.Norm(self._norms[layer], _EPS, normed, squares)
             return lambda: linear.launch_panels(x, weight, None, residual, out, False, how, norm)
 
         calls: list[Call] = []

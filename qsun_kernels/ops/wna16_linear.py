@@ -12,8 +12,8 @@ from qsun_kernels.backends.problems import BackendName, PendingNorm, PreparedWei
 from qsun_kernels.ops import checks
 from qsun_kernels.ops.dequantize import encode_group_size
 from qsun_kernels.ops.library import is_traced, refuse_gradient, register
-from qsun_kernels.ops.pending_norm import take
 from qsun_kernels.ops.prepared import check_prepared, prepare, rebuilt
+from qsun_kernels.ops.wna16_linear_pending_norm import take
 from qsun_kernels.quant import PackedWeight
 
 __all__ = ["prepare_weight", "wna16_linear"]

@@ -29,8 +29,8 @@ import torch
 
 from qsun_kernels.backends import cuda
 from qsun_kernels.backends.cuda import library
-from qsun_kernels.backends.cuda.linear import launch_panels
-from qsun_kernels.backends.problems import PagedAttentionDecodeProblem
+from qsun_kernels.backends.cuda.linear import Norm, launch_panels
+from qsun_kernels.backends.problems import PagedAttentionDecodeProblem, PendingNorm
 from qsun_kernels.quant import QuantSpec
 from qsun_kernels.testing import inputs
 from qsun_kernels.testing import judge as judges
@@ -110,6 +110,41 @@ def block_ends() -> Iterator[tuple[str, Comparison]]:
             stream = run("wna16_linear", x, weight, None, residual, None)
             want = run("rms_norm", stream, norm_weight, 1e-5, None)
             yield f"wna16_linear_rms_norm {dtype} M={M}", compare_bits("norm", got, want)
+
+
+def pending_norms() -> Iterator[tuple[str, Comparison]]:
+    """A norm that one product leaves to the next, by blocks of one group of row tiles and of several."""
+    dtype = torch.bfloat16
+    prepare = cuda.IMPLEMENTATIONS["wna16_linear"].prepare
+    for M in (1, 9, 16):
+        for copy_engine in (False, True) if torch.cuda.get_device_capability()[0] >= 9 else (False,):
+            source = inputs.generator(M)
+            first, second = (
+                inputs.packed_weight(source, N, K, QuantSpec(4, 128, True), scale_dtype=dtype)
+                for N, K in ((320, 512), (77, 320))
+            )
+            config = library.binding.StreamConfig(
+                token_tiles=2,
+                row_tiles=2,
+                row_blocks=3,
+                warps=4,
+                stages=2,
+                copy_engine=copy_engine,
+                overlaps_producer=False,
+            )
+            x, residual = (inputs.normal(source, (M, width), dtype, DEVICE) for width in (512, 320))
+            norm_weight = inputs.normal(source, (320,), dtype, DEVICE)
+            stream, weighted = torch.empty_like(residual), torch.empty_like(residual)
+            squares = torch.empty(M, 20, dtype=torch.float32, device=DEVICE)
+            norm = Norm(norm_weight, 1e-5, weighted, squares)
+            launch_panels(x, prepare(first.to(DEVICE), dtype), None, residual, stream, False, config, norm)
+            judged = judges.judge_wna16_linear(stream.cpu(), x.cpu(), first, residual=residual.cpu())
+            yield f"a norm left M={M} {config}", judged
+            out = torch.empty(M, 77, dtype=dtype, device=DEVICE)
+            left = PendingNorm(weighted, squares, 1e-5)
+            launch_panels(left, prepare(second.to(DEVICE), dtype), None, None, out, False, config)
+            on_host = PendingNorm(weighted.cpu(), squares.cpu(), 1e-5)
+            yield f"a norm taken M={M} {config}", judges.judge_wna16_linear(out.cpu(), on_host, second)
 
 
 def attention() -> Iterator[tuple[str, Comparison]]:
@@ -278,7 +313,7 @@ def sampling() -> Iterator[tuple[str, Comparison]]:
 
 
 FAMILIES = (
-    *(linear, tiles_sm80, block_ends, attention, shared_attention, coded_attention),
+    *(linear, tiles_sm80, block_ends, pending_norms, attention, shared_attention, coded_attention),
     *(cache, fused_write, fused, sampling),
 )
 

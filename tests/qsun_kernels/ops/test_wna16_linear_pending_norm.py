@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from typing import Any
 
@@ -27,10 +28,11 @@ from qsun_kernels import (
 )
 from qsun_kernels.backends.dispatch import load_backend
 from qsun_kernels.backends.problems import PendingNorms
-from qsun_kernels.ops import pending_norm
 from qsun_kernels.testing import inputs
 from qsun_kernels.testing.judge import judge_wna16_gate_up_silu, judge_wna16_linear
 
+# The package has the function under this name.
+MODULE = importlib.import_module("qsun_kernels.ops.wna16_linear_pending_norm")
 EPS = 1e-5
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -175,7 +177,7 @@ def test_a_backend_that_cannot_says_so(monkeypatch) -> None:
     triton = load_backend("triton").IMPLEMENTATIONS
     if triton:
         assert triton["wna16_linear"].pending is None  # type: ignore[attr-defined]
-    monkeypatch.setattr(pending_norm, "_pending_norms", lambda backend: None)
+    monkeypatch.setattr(MODULE, "_pending_norms", lambda backend: None)
     with pytest.raises(BackendUnavailable, match="it leaves no norms"):
         wna16_linear_pending_norm(**good())
     with pytest.raises(BackendUnavailable, match="it takes no norm that is pending"):
@@ -211,7 +213,7 @@ def test_when_a_norm_is_left(monkeypatch) -> None:
 
     def with_answers(**changes: Any) -> None:
         changed: PendingNorms = replace(own, pays=pays, **changes)
-        monkeypatch.setattr(pending_norm, "_pending_norms", lambda backend: changed)
+        monkeypatch.setattr(MODULE, "_pending_norms", lambda backend: changed)
 
     with_answers()
     assert norm_may_pend(1, front, behind) and norm_may_pend(16, front, behind)
