@@ -122,8 +122,8 @@ CALLS = {
         residual_stride=0, out_stride=32, bits=4, group_size=32,
     ),
     "wna16_panels": call(
-        "x panels out", config=None, bias=0, residual=0, norm_weight=0, norm_out=0, norm_eps=0.0, scratch=0,
-        scratch_bytes=0, M=2, N=32,
+        "x panels out", config=None, bias=0, residual=0, norm_weight=0, norm_out=0, squares=0, x_squares=0,
+        norm_eps=0.0, x_eps=0.0, scratch=0, scratch_bytes=0, M=2, N=32,
         K=64, column_blocks=1, x_stride=64, residual_stride=0, out_stride=32, bits=4, groups_per_block=1,
         has_zeros=False, gate_up=False, batch_invariant=False, prefetch_weights=True,
     ),
@@ -145,6 +145,9 @@ CALLS = {
     ),
 }  # fmt: skip
 ENDING = {"dtype": 1, "device": 0, "stream": 0}
+# wna16_panels with a norm that it leaves, and with one that was left
+LEFT = {"norm_weight": ADDRESS, "norm_out": ADDRESS, "squares": ADDRESS, "dtype": 2}
+TAKEN = {"x_squares": ADDRESS, "x_eps": 1e-5, "dtype": 2}
 REFUSED = [
     *(
         (op, {"dtype": 9}, "dtype is 9; expected 0 (float32), 1 (float16), 2 (bfloat16)")
@@ -165,6 +168,33 @@ REFUSED = [
     ("wna16_panels", {"panels": 0}, "panels is null"),
     ("wna16_panels", {"panels": 4104}, "panels is misaligned; expected an address divisible by 16"),
     ("wna16_panels", {"out": 0}, "out is null"),
+    ("wna16_panels", {"norm_weight": ADDRESS}, "norm_out is null; expected null exactly when norm_weight is"),
+    (
+        "wna16_panels",
+        {**LEFT, "norm_weight": 0, "norm_out": 0},
+        "squares is given; expected null",
+    ),
+    (
+        "wna16_panels",
+        {**LEFT, "dtype": 1},
+        "squares is given with dtype float16; expected null",
+    ),
+    ("wna16_panels", {**LEFT, "M": 17}, "squares is given with M=17; expected null above 16 tokens"),
+    (
+        "wna16_panels",
+        {**LEFT, "batch_invariant": True},
+        "expected null with batch_invariant",
+    ),
+    ("wna16_panels", {**LEFT, "gate_up": True}, "norm_weight is given; expected null with gate_up"),
+    ("wna16_panels", {**LEFT, "squares": 4098}, "squares is misaligned; expected an address divisible by 4"),
+    ("wna16_panels", {**TAKEN, "dtype": 1}, "x_squares is given with dtype float16; expected null but for"),
+    ("wna16_panels", {**TAKEN, "M": 17}, "x_squares is given with M=17; expected null above 16 tokens"),
+    (
+        "wna16_panels",
+        {**TAKEN, "x_squares": 4100},
+        "x_squares is misaligned",
+    ),
+    ("wna16_panels", {**TAKEN, "K": 96}, "K is 96; expected a multiple of 64"),
     ("rms_norm", {"x": 0}, "x is null; expected a device pointer"),
     ("rms_norm", {"weight": 0}, "weight is null"),
     ("rms_norm", {"out": 0}, "out is null"),
