@@ -20,6 +20,7 @@ __all__ = [
     "BACKENDS",
     "KV_SCALES",
     "MAX_PENDING_ROWS",
+    "SQUARED_COLUMNS",
     "ApplyRopeProblem",
     "AttentionImplementation",
     "AttentionPlan",
@@ -50,6 +51,9 @@ LinearOperator = Literal["wna16_linear", "wna16_gate_up_silu"]
 
 MAX_PENDING_ROWS = 16
 """Rows whose norm one product can leave to the next."""
+
+SQUARED_COLUMNS = 16
+"""Columns whose squares are one sum of `PendingNorm.squares`."""
 
 BACKENDS: tuple[BackendName, ...] = ("cuda", "triton", "torch")
 """Every backend, in the order of preference."""

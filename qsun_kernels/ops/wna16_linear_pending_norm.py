@@ -14,6 +14,7 @@ from torch import Tensor
 from qsun_kernels.backends.dispatch import load_backend
 from qsun_kernels.backends.problems import (
     MAX_PENDING_ROWS,
+    SQUARED_COLUMNS,
     BackendName,
     LinearImplementation,
     PendingNorm,
@@ -26,9 +27,6 @@ from qsun_kernels.ops.library import is_traced, refuse_gradient
 from qsun_kernels.ops.prepared import check_prepared
 
 __all__ = ["norm_may_pend", "take", "wna16_linear_pending_norm"]
-
-SQUARED_COLUMNS = 16
-"""Columns whose squares are one sum of `PendingNorm.squares`."""
 
 
 def wna16_linear_pending_norm(
@@ -43,9 +41,10 @@ def wna16_linear_pending_norm(
 ) -> tuple[PendingNorm, Tensor]:
     """``r = x @ W.T (+ bias) + residual``, and of its norm what needs no other column: the rest is pending.
 
-    Returns (norm, r): r (M, N) with the bits of `wna16_linear_rms_norm`, and the norm of its rows for
-    `wna16_linear` or `wna16_gate_up_silu` to take as x. The norm is rounded before its root is applied and
-    not after, so results differ by roundings. Ask `norm_may_pend` whether that saves anything.
+    Returns (norm, r): r (M, N) as `wna16_linear_rms_norm` has it, and the norm of its rows for `wna16_linear`
+    or `wna16_gate_up_silu` to take as x. The norm is rounded before its root is applied and not after, so
+    results differ by roundings. `norm_may_pend` tells whether this saves anything; where it does, r has the
+    same bits.
 
     x (M, K) of at most 16 rows, weight from `prepare_weight` for bfloat16 (torch: float32, too), residual
     (M, N), norm_weight and bias (N,); backend as for `wna16_linear`. norm_weight may be read as early as the

@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 
 from qsun_kernels.backends.cuda import library, linear
-from qsun_kernels.backends.problems import PendingNorm, PendingNorms, PreparedWeight
-
-SQUARED_COLUMNS = 16
-"""kSquaredColumns in csrc/wna16/stream.h."""
+from qsun_kernels.backends.problems import SQUARED_COLUMNS, PendingNorm, PendingNorms, PreparedWeight
 
 
 def cannot_leave(weight: PreparedWeight) -> str | None:

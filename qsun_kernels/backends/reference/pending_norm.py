@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qsun_kernels.backends.problems import PendingNorm, PendingNorms, PreparedWeight
+from qsun_kernels.backends.problems import SQUARED_COLUMNS, PendingNorm, PendingNorms, PreparedWeight
 from qsun_kernels.backends.reference import silu_and_mul, wna16_linear
-
-SQUARED_COLUMNS = 16
 
 
 def cannot(weight: PreparedWeight) -> str | None:

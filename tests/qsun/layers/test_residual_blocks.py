@@ -97,3 +97,30 @@ def test_without_the_double_this_machine_leaves_no_norm() -> None:
     last, reader = quantised(H, F, 1), quantised(40, H, 2)
     normed, _ = end_block(last, random(1, F), random(1, H), RMSNorm(random(H), 1e-5), reader)
     assert isinstance(normed, torch.Tensor)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 4, 8, 17])
+def test_a_gpu_is_left_the_norms_of_few_rows(rows) -> None:
+    """What the library says, to the layers that read it; 17 rows have their norm made."""
+    dtype, device = torch.bfloat16, torch.device("cuda")
+
+    def weight(N: int, K: int, seed: int):
+        return quantize_rtn(random(N, K, seed=seed).to(device), QuantSpec(4, 128, True))
+
+    def rows_of(width: int, seed: int) -> torch.Tensor:
+        return random(rows, width, seed=seed).to(device, dtype)
+
+    last = QuantLinear(prepare_weight(weight(512, 1024, 1), dtype=dtype, backend="cuda"))
+    norm = RMSNorm(random(512, seed=2).to(device, dtype), 1e-5)
+    x, stream = rows_of(1024, 3), rows_of(512, 4)
+    for reader in (
+        QuantLinear(prepare_weight(weight(768, 512, 5), dtype=dtype, backend="cuda")),
+        GateUpSilu(prepare_gate_up(weight(2048, 512, 6), dtype=dtype, backend="cuda")),
+    ):
+        normed, after = end_block(last, x, stream, norm, reader)
+        assert isinstance(normed, PendingNorm) is (rows <= 16)
+        whole, expected = last.end_block(x, stream, norm)
+        assert torch.equal(after, expected)
+        apart = (reader(normed).float() - reader(whole).float()).norm()
+        assert apart <= 0.02 * reader(whole).float().norm()
