@@ -98,6 +98,12 @@ def start(M: int, folder: Path) -> Chain:
     return {product: _faster(cell(product, M), folder) for product in PRODUCTS}
 
 
+def neighbours(M: int, folder: Path) -> Sequence[Chain]:
+    """The same of the next fewer and the next more tokens: other places to begin at."""
+    at = TOKENS.index(M)
+    return [start(tokens, folder) for tokens in (*TOKENS[max(at - 1, 0) : at], *TOKENS[at + 1 : at + 2])]
+
+
 def _faster(place: Cell, folder: Path) -> Launch:
     found: list[tuple[float, Launch]] = []
     for kernel in SM90_KERNELS:
@@ -136,18 +142,25 @@ def descend(
     tried: Mapping[str, Sequence[Launch]],
     trials: ChainTrials,
     around: Callable[[str, Launch], Sequence[Launch]] = lambda product, launch: (),
+    others: Sequence[Chain] = (),
 ) -> ChainFound:
-    """Coordinate descent from `start` over the candidates of each product and what is `around` its best."""
+    """Coordinate descent over the candidates of each product and what is `around` its best.
+
+    It begins at `start`, which is what is launched so far, or at one of `others` that is faster: where no
+    product's launch can change alone, four may together.
+    """
     refusals: dict[str, None] = {}
 
-    def time(chain: Chain, product: str) -> float | None:
+    def time(chain: Chain, product: str | None = None) -> float | None:
         # What the library refuses comes as any exception; it is said and left out.
         try:
             return trials.time(M, chain)
         except Exception as error:
-            kernel, way = chain[product]
+            what = f"M={M}, launches of other tokens"
+            if product is not None:
+                what = f"{product} M={M} {panel_ways.in_words(*chain[product])}"
             said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            refusals[f"refused: {product} M={M} {panel_ways.in_words(kernel, way)}: {said}"] = None
+            refusals[f"refused: {what}: {said}"] = None
             return None
 
     def timed(chain: Chain, product: str) -> dict[Launch, float]:
@@ -164,7 +177,11 @@ def descend(
             )
         return found
 
-    chain = dict(start)
+    chain, fastest = dict(start), trials.time(M, start)
+    for other in others:
+        us = time(other)
+        if us is not None and us < fastest * (1 - _GAIN):
+            chain, fastest = dict(other), us
     times: dict[str, dict[Launch, float]] = {}
     for _ in range(_ROUNDS):
         changed = False

@@ -52,6 +52,37 @@ def test_the_chain_counts_not_the_product_alone() -> None:
     assert found.after == trials.time(1, found.chain)
 
 
+def test_launches_that_are_only_faster_together_are_found_from_another_start() -> None:
+    """One product with (1,) is slower than none; all four are faster. Nothing else leads there."""
+
+    class Together(FakeChain):
+        def time(self, M: int, chain: tune_chain.Chain) -> float:
+            taken = sum(way == (1,) for _, way in chain.values())
+            return 10.0 if taken == len(chain) == 4 else 20.0 + taken
+
+    trials = Together(lambda product, launch: 0.0)
+    assert tune_chain.descend(1, START, TRIED, trials).after == 20.0
+    other: tune_chain.Chain = {product: ("stream", (1,)) for product in tune_chain.PRODUCTS}
+    found = tune_chain.descend(1, START, TRIED, trials, others=[other])
+    assert (found.before, found.after, found.chain) == (20.0, 10.0, other)
+
+
+def test_a_start_that_is_refused_or_slower_is_left() -> None:
+    class Refusing(FakeChain):
+        def time(self, M: int, chain: tune_chain.Chain) -> float:
+            if chain.get("o") == ("stream", (9,)):
+                raise ValueError("no such launch")
+            return super().time(M, chain)
+
+    trials = Refusing(lambda product, launch: 1.0 + launch[1][0])
+    refused = {**START, "o": ("stream", (9,))}
+    slower: tune_chain.Chain = {product: ("gemm_sm90", (7,)) for product in tune_chain.PRODUCTS}
+    expected = tune_chain.descend(1, START, TRIED, trials)
+    found = tune_chain.descend(1, START, TRIED, trials, others=[refused, slower])
+    assert found.chain == expected.chain
+    assert found.refusals == ["refused: M=1, launches of other tokens: ValueError: no such launch"]
+
+
 def test_what_a_product_adds_and_the_kernel_that_is_taken() -> None:
     trials = FakeChain(lambda product, launch: 2.0 if launch[0] == "gemm_sm90" else 3.0)
     found = tune_chain.descend(16, START, {**TRIED, "o": TRIED["o"][:2]}, trials)
