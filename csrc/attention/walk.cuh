@@ -141,7 +141,9 @@ struct Walk {
   __device__ __forceinline__ void begin_part(const PartStart& first, bool has_behind,
                                              const PartStart& behind) {
     const bool goes_on = cuts_first() && has_behind && behind.start > begin && behind.start < end;
-    enter(goes_on ? behind : first);
+    PartStart start = first;
+    if (goes_on) start = behind;  // by value: a reference to either would put both into memory
+    enter(start);
   }
 
   // kSettled: before wait_for_producers(), too.
