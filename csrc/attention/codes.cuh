@@ -269,7 +269,7 @@ __global__ void __launch_bounds__((kCodesShape<kCodes, kHeadDim, kRows>.warps * 
       first_part = first_unit / plan.share;
       last_part = last_unit / plan.share;
     }
-    const float value_scale = a.p.kv_scales == KvScales::kTensor ? *a.p.v_scale : 1.0f;
+    const float value_scale = kUnlift * (a.p.kv_scales == KvScales::kTensor ? *a.p.v_scale : 1.0f);
     const auto with_results = [&](auto&& function) {
       with_half_type(a.p.dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;

@@ -27,8 +27,13 @@
 namespace qsun {
 namespace {
 
+// Weights are lifted by a power of two until the largest is near the end of float16: a small one then keeps
+// its digits, for elements of which the large ones have nothing.
+constexpr float kLift = 15.0f;
+constexpr float kUnlift = 1.0f / (1 << 15);
+
 // Below, a scale no longer moves the reference: exponentials stay within float32 where values are zero.
-constexpr float kLeastLogScale = -100.0f;
+constexpr float kLeastLogScale = kLift - 100.0f;
 
 template <int kHeadDim, int kTiles>  // of kHeadTile rows
 struct CodesRows {                   // lane = 4 g + t
@@ -264,7 +269,7 @@ __device__ __forceinline__ void attend(CodesRows<kHeadDim, kTiles>& rows, const 
         maximum = fmaxf(maximum, __shfl_xor_sync(kAllLanes, maximum, distance));
       }
       maximum = fmaxf(maximum, rows.maximum[n][j]);
-      const float reference = reference_of(maximum);
+      const float reference = reference_of(maximum), lifted = reference - kLift;
       decay[j] = fast_exp2(rows.maximum[n][j] - reference);
       rows.maximum[n][j] = maximum;
       float sum = rows.sum[n][j] * decay[j];
@@ -273,7 +278,7 @@ __device__ __forceinline__ void attend(CodesRows<kHeadDim, kTiles>& rows, const 
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           float& score = scores[u][n][h * 2 + j];
-          score = fast_exp2(score - reference);
+          score = fast_exp2(score - lifted);
           sum += score;
           score *= value_scales[u][h];
         }
@@ -325,7 +330,8 @@ __device__ __forceinline__ void attend(CodesRows<kHeadDim, kTiles>& rows, const 
   }
 }
 
-// Puts the sums of a row together, which lie in eight lanes.
+// Puts the sums of a row together, which lie in eight lanes, without their lift. That of the result stays:
+// kUnlift.
 template <int kHeadDim, int kTiles>
 __device__ __forceinline__ void end_rows(CodesRows<kHeadDim, kTiles>& rows) {
 #pragma unroll
@@ -336,6 +342,7 @@ __device__ __forceinline__ void end_rows(CodesRows<kHeadDim, kTiles>& rows) {
       for (int distance = 4; distance < kWarp; distance *= 2) {
         rows.sum[n][j] += __shfl_xor_sync(kAllLanes, rows.sum[n][j], distance);
       }
+      rows.sum[n][j] *= kUnlift;
     }
   }
 }

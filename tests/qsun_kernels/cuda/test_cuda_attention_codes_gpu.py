@@ -16,7 +16,7 @@ from qsun_kernels.testing.coded_cache import CodedCache, code_cache
 from qsun_kernels.testing.cuda_attention import attend, config, plan_of
 from qsun_kernels.testing.inputs import PagedAttentionInputs
 from qsun_kernels.testing.judge import judge_paged_attention_decode
-from qsun_kernels.testing.kv_codes import KV_KINDS, dequantised
+from qsun_kernels.testing.kv_codes import KV_KINDS, dequantised, quantised_rows
 
 HALVES = (torch.float16, torch.bfloat16)
 # One instance serves both dtypes of q, so the emulator runs one of them, and fewer of the other choices.
@@ -287,6 +287,28 @@ def test_values_of_zero_do_not_move_the_sum(kernels, kind) -> None:
     problem = Problem(replace(a, v_cache=v.values.to(kernels.device)), problem.k, v)
     out, lse = problem.run()
     assert (out[0] == 0).all()
+    problem.judge((out, lse)).require()
+
+
+@pytest.mark.parametrize("kind", ("fp8", "int8", "int4"))
+def test_small_weights_count_where_the_large_one_meets_zero(kernels, kind) -> None:
+    """One position has nearly all the weight and zeros in half of its elements: there the others decide."""
+    sizes = {"num_q_heads": 2, "num_kv_heads": 1, "head_dim": 64, "block_size": 16}
+    problem = problem_of(
+        inputs.generator(3), (40,), kind=kind, dtype=torch.bfloat16, device=kernels.device, **sizes
+    )
+    a, v = problem.judged, problem.v
+    block, slot = int(a.block_table[0, 1]), 5
+    zero = quantised_rows(torch.zeros(64), kind)[0].view(torch.uint8)
+    codes = v.cache.view(torch.uint8)
+    codes[block, 0, slot, ::2] = zero[::2].to(codes.device)
+    v = CodedCache(v.cache, v.scale, dequantised(v.cache, v.scale))
+    # Other weights are about exp(-0.25 * 64) of that one's.
+    a.q.copy_(a.k_cache[block, 0, slot].expand_as(a.q))
+    a = replace(a, v_cache=v.values.to(kernels.device), softmax_scale=0.25)
+    problem = Problem(a, problem.k, v)
+    out, lse = problem.run()
+    assert 0 < out.abs().min() < 1e-4
     problem.judge((out, lse)).require()
 
 
