@@ -98,23 +98,35 @@ def start(M: int, folder: Path) -> Chain:
     return {product: _faster(cell(product, M), folder) for product in PRODUCTS}
 
 
-def neighbours(M: int, folder: Path) -> Sequence[Chain]:
-    """The same of the next fewer and the next more tokens: other places to begin at."""
+def other_starts(M: int, folder: Path) -> Sequence[Chain]:
+    """Other places to begin at: what is launched for the next fewer and the next more tokens, and all
+    products by one kernel, where it was measured: only the streaming one leaves norms to the next product.
+    """
     at = TOKENS.index(M)
-    return [start(tokens, folder) for tokens in (*TOKENS[max(at - 1, 0) : at], *TOKENS[at + 1 : at + 2])]
+    found = [start(tokens, folder) for tokens in (*TOKENS[max(at - 1, 0) : at], *TOKENS[at + 1 : at + 2])]
+    for kernel in SM90_KERNELS:
+        measured = {product: _measured(kernel, cell(product, M), folder) for product in PRODUCTS}
+        chain = {product: (kernel, one[0]) for product, one in measured.items() if one is not None}
+        if len(chain) == len(PRODUCTS):
+            found.append(chain)
+    return found
 
 
 def _faster(place: Cell, folder: Path) -> Launch:
     found: list[tuple[float, Launch]] = []
     for kernel in SM90_KERNELS:
-        entries: Mapping[tuple[tuple[int, int], int], tuple[Way, float]]
-        entries = panel_ways.table().chosen(kernel, folder)
-        # The entry of the next number of tokens.
-        least = min((M for matrix, M in entries if matrix == place.matrix and M >= place.M), default=None)
-        if least is not None:
-            way, us = entries[place.matrix, least]
+        if (measured := _measured(kernel, place, folder)) is not None:
+            way, us = measured
             found.append((us, (kernel, way)))
     return min(found, key=lambda one: one[0])[1]
+
+
+def _measured(kernel: Kernel, place: Cell, folder: Path) -> tuple[Way, float] | None:
+    """The table's entry of a matrix for the next number of tokens."""
+    entries: Mapping[tuple[tuple[int, int], int], tuple[Way, float]]
+    entries = panel_ways.table().chosen(kernel, folder)
+    least = min((M for matrix, M in entries if matrix == place.matrix and M >= place.M), default=None)
+    return None if least is None else entries[place.matrix, least]
 
 
 def sweep_lines(texts: Mapping[Kernel, str]) -> Mapping[tuple[Kernel, Cell], Sequence[Way]]:

@@ -210,7 +210,7 @@ def _tune_chain(arguments: argparse.Namespace) -> int:
             return tune_chain.near(launch, listed)
 
         start, tried = tune_chain.start(M, source), tune_chain.candidates(M, lines)
-        one = tune_chain.descend(M, start, tried, trials, around, tune_chain.neighbours(M, source))
+        one = tune_chain.descend(M, start, tried, trials, around, tune_chain.other_starts(M, source))
         found.append(one)
         for refusal in one.refusals:
             print(refusal, file=sys.stderr)

@@ -167,6 +167,18 @@ def test_the_start_is_what_the_library_launches(extension: Any) -> None:
             assert dict(re.findall(r"(\w+)=(\w+)", said)) == want
 
 
+def test_other_places_to_begin_at() -> None:
+    """The neighbours' launches; up to 16 tokens both kernels were measured, beyond only that for many."""
+    found = {M: tune_chain.other_starts(M, panel_ways.SOURCE) for M in (1, 16, 32)}
+    for M, chains in found.items():
+        at = tune_chain.TOKENS.index(M)
+        near = tune_chain.TOKENS[max(at - 1, 0) : at] + tune_chain.TOKENS[at + 1 : at + 2]
+        assert chains[: len(near)] == [tune_chain.start(tokens, panel_ways.SOURCE) for tokens in near]
+        by_one = [{kernel for kernel, _ in chain.values()} for chain in chains[len(near) :]]
+        assert by_one == ([{"stream"}, {"gemm_sm90"}] if M <= 16 else [{"gemm_sm90"}])
+        assert all(set(chain) == set(tune_chain.PRODUCTS) for chain in chains)
+
+
 def test_the_table_takes_the_chain_and_other_tokens_stay(tmp_path: Path) -> None:
     table = panel_ways.table()
     for kernel in panel_ways.SM90_KERNELS:
