@@ -168,7 +168,7 @@ def descend(
         try:
             return trials.time(M, chain)
         except Exception as error:
-            what = f"M={M}, launches of other tokens"
+            what = f"M={M}, another place to begin at"
             if product is not None:
                 what = f"{product} M={M} {panel_ways.in_words(*chain[product])}"
             said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -80,7 +80,7 @@ def test_a_start_that_is_refused_or_slower_is_left() -> None:
     expected = tune_chain.descend(1, START, TRIED, trials)
     found = tune_chain.descend(1, START, TRIED, trials, others=[refused, slower])
     assert found.chain == expected.chain
-    assert found.refusals == ["refused: M=1, launches of other tokens: ValueError: no such launch"]
+    assert found.refusals == ["refused: M=1, another place to begin at: ValueError: no such launch"]
 
 
 def test_what_a_product_adds_and_the_kernel_that_is_taken() -> None:
