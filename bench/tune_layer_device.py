@@ -17,7 +17,13 @@ from qsun_bench.tune_panels import LOAD_MS
 from qsun_bench.tune_panels_device import DTYPE, Row, config, weight_copies
 from qsun_kernels import AttentionPlan, paged_attention_decode, plan_paged_attention, write_kv_cache
 from qsun_kernels.backends.cuda import library, linear
-from qsun_kernels.backends.problems import MAX_PENDING_ROWS, LinearOperator, PendingNorm, PreparedWeight
+from qsun_kernels.backends.problems import (
+    MAX_PENDING_ROWS,
+    LinearOperator,
+    PendingNorm,
+    PendingSums,
+    PreparedWeight,
+)
 from qsun_kernels.testing.timing import copies_to_overflow
 
 _BLOCK_SIZE = 16
@@ -119,15 +125,17 @@ class LayerTrials:
         stream, middle, end = self._stream[:M], rows(shape.hidden), rows(shape.hidden)
         normed, qkv, attended = stream.clone(), rows(cells["qkv"].N), rows(cells["o"].K)
         activated = rows(cells["down"].K)
-        # As the engine has it: a norm is left to its reader where both are streamed.
+        # As the engine has it: a norm is left to its reader where both are streamed, and sums to the write.
         pending = PendingNorm(normed, torch.ones(M, shape.hidden // 16, device=self._device), _EPS)
         streamed = {product for product, how in told.items() if isinstance(how, library.binding.StreamConfig)}
         leaves = {
             product: M <= MAX_PENDING_ROWS and {product, reader} <= streamed
             for product, reader in _READERS.items()
         }
-        products: Mapping[str, tuple[Tensor | PendingNorm, Tensor | None, Tensor]] = {
-            "qkv": (pending if leaves["down"] else normed, None, qkv),
+        sums = None if "qkv" not in told else self._sums(M, cells["qkv"].N, told["qkv"])
+        projected = qkv if sums is None else PendingSums(sums, DTYPE)
+        products: Mapping[str, tuple[Tensor | PendingNorm, Tensor | None, Tensor | None]] = {
+            "qkv": (pending if leaves["down"] else normed, None, qkv if sums is None else None),
             "o": (attended, stream, middle),
             "gate_up": (pending if leaves["o"] else normed, None, activated),
             "down": (activated, middle, end),
@@ -140,7 +148,8 @@ class LayerTrials:
             if residual is not None:
                 squares = pending.squares if leaves[product] else None
                 norm = linear.Norm(self._norms[layer], _EPS, normed, squares)
-            return lambda: linear.launch_panels(x, weight, None, residual, out, False, how, norm)
+            left = sums if product == "qkv" else None
+            return lambda: linear.launch_panels(x, weight, None, residual, out, False, how, norm, left)
 
         calls: list[Call] = []
         for layer in range(self._layers):
@@ -148,13 +157,25 @@ class LayerTrials:
                 if product in told:
                     calls.append(call_of(product, layer))
                 if product == "qkv":
-                    calls.append(partial(self._attend, self._step(M), layer, qkv, attended))
+                    calls.append(partial(self._attend, self._step(M), layer, projected, attended))
         return calls
 
-    def _attend(self, step: _Step, layer: int, qkv: Tensor, attended: Tensor) -> None:
+    def _sums(self, M: int, N: int, how: object) -> Tensor | None:
+        """Memory for what a split product leaves; its N needs no padding."""
+        if not isinstance(how, library.binding.GemmConfig) or how.adds_in_cluster or how.split_k == 1:
+            return None
+        return torch.zeros(how.split_k, M, N, device=self._device)
+
+    def _heads(self, qkv: Tensor | PendingSums) -> Sequence[Tensor | PendingSums]:
+        """Queries, keys and values."""
+        heads = [self._shape.q_heads, self._shape.kv_heads, self._shape.kv_heads]
+        rows = qkv.parts if isinstance(qkv, PendingSums) else qkv
+        split = rows.unflatten(-1, (sum(heads), self._shape.head_dim)).split(heads, dim=-2)
+        return [PendingSums(one, DTYPE) for one in split] if isinstance(qkv, PendingSums) else split
+
+    def _attend(self, step: _Step, layer: int, qkv: Tensor | PendingSums, attended: Tensor) -> None:
         shape, (keys, values) = self._shape, step.caches[layer]
-        M, heads = len(qkv), [shape.q_heads, shape.kv_heads, shape.kv_heads]
-        q, k, v = qkv.view(M, sum(heads), shape.head_dim).split(heads, dim=1)
+        q, k, v = self._heads(qkv)
         q = write_kv_cache(
             k,
             v,
@@ -175,7 +196,7 @@ class LayerTrials:
             step.seq_lens,
             softmax_scale=shape.head_dim**-0.5,
             plan=step.plan,
-            out=attended.view(M, shape.q_heads, shape.head_dim),
+            out=attended.view(len(attended), shape.q_heads, shape.head_dim),
             follows_write=True,
             backend="cuda",
         )

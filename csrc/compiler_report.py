@@ -37,6 +37,7 @@ REGISTER_BOUNDS = {
     "paged_attention_combine_kernel": 48,
     "write_kv_cache_kernel": 40,
     "write_kv_heads_kernel": 72,
+    "write_kv_sums_kernel": 112,
     "rms_norm_kernel": 56,
     "silu_and_mul_kernel": 40,
     "apply_rope_kernel": 48,

@@ -115,6 +115,7 @@ class PagedAttentionDecodeConfig:
         blocks_per_sm: int,
         parts: int,
         min_part_units: int,
+        whole_slack: int = -1,
         prefix_parts: int = 0,
         min_prefix_tiles: int = 4,
         min_saved_tiles: int = 0,
@@ -130,6 +131,8 @@ class PagedAttentionDecodeConfig:
     def parts(self) -> int: ...
     @property
     def min_part_units(self) -> int: ...
+    @property
+    def whole_slack(self) -> int: ...
     @property
     def prefix_parts(self) -> int: ...
     @property
@@ -250,6 +253,15 @@ def choose_wna16_tiles(
 ) -> TilesConfig: ...
 def wna16_gemm_tiles() -> list[tuple[int, int]]: ...
 def wna16_parts_bytes(M: int, N: int, K: int, config: GemmConfig | TilesConfig) -> int: ...
+def wna16_panels_splits(
+    M: int,
+    N: int,
+    K: int,
+    bits: int,
+    groups_per_block: int,
+    has_zeros: bool,
+    props: DeviceProps,
+) -> int: ...
 def wna16_panels_shared_bytes(
     M: int,
     N: int,
@@ -319,6 +331,7 @@ def wna16_panels(
     has_zeros: bool,
     gate_up: bool,
     batch_invariant: bool,
+    leaves_sums: bool,
     prefetch_weights: bool,
     dtype: int,
     device: int,
@@ -535,6 +548,8 @@ def write_kv_cache(
     q_stride: int,
     k_stride: int,
     v_stride: int,
+    splits: int,
+    split_stride: int,
     kv_dtype: int,
     kv_scales: int,
     settled: bool,

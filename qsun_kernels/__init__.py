@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qsun_kernels.backends.dispatch import use_backend
-from qsun_kernels.backends.problems import AttentionPlan, PendingNorm, PreparedWeight
+from qsun_kernels.backends.problems import AttentionPlan, PendingNorm, PendingSums, PreparedWeight
 from qsun_kernels.errors import BackendUnavailable, CacheIndexError, CapturedCallError, KernelLaunchError
 from qsun_kernels.ops import (
     RopeParameters,
@@ -19,9 +19,11 @@ from qsun_kernels.ops import (
     rope_cache,
     sample_tokens,
     silu_and_mul,
+    sums_may_pend,
     wna16_gate_up_silu,
     wna16_linear,
     wna16_linear_pending_norm,
+    wna16_linear_pending_sums,
     wna16_linear_rms_norm,
     write_kv_cache,
 )
@@ -35,6 +37,7 @@ __all__ = [
     "KernelLaunchError",
     "PackedWeight",
     "PendingNorm",
+    "PendingSums",
     "PreparedWeight",
     "QuantSpec",
     "RopeParameters",
@@ -51,10 +54,12 @@ __all__ = [
     "rope_cache",
     "sample_tokens",
     "silu_and_mul",
+    "sums_may_pend",
     "use_backend",
     "wna16_gate_up_silu",
     "wna16_linear",
     "wna16_linear_pending_norm",
+    "wna16_linear_pending_sums",
     "wna16_linear_rms_norm",
     "write_kv_cache",
 ]

@@ -195,7 +195,7 @@ __global__ void __launch_bounds__((kCodesShape<kCodes, kHeadDim, kRows>.warps * 
     return;
   }
   Walk<Line::kWholeRequests, kCutFirst> walk{
-      a, static_cast<int>(a.p.batch), part * plan.share, min((part + 1) * plan.share, plan.total), {}};
+      a, static_cast<int>(a.p.batch), part * plan.share, start.end, {}};
   walk.begin_part(start, part + 1 < plan.used, behind);
   CodesCopies<kCodes, kHeadDim, kCutFirst> copies{walk, warp, lane, evict_first_policy(), 0, 0};
   int missing = a.stages;  // stages to copy before the next product: at first all, then one

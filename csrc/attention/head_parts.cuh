@@ -84,6 +84,44 @@ __device__ __forceinline__ Raw load_part(const T* source, int count) {
   return raw;
 }
 
+// The two halves of a part, of the dtype T, from the float32 sums that the splits of a product left,
+// split_stride apart: added in their order and rounded, as where the product adds them itself. kAtOnce are on
+// their way at a time: that many take as long as one.
+template <bool kWide, typename T>
+__device__ __forceinline__ void add_part(const float* sums, int splits, int64_t split_stride,
+                                         const Place& place, Raw& low, Raw& high) {
+  constexpr int kSize = kWidth<T>, kAtOnce = 2, kVectors = kSize / kWidth<float>;
+  float values[2 * kSize] = {};
+#pragma unroll 1
+  for (int first = 0; first < splits; first += kAtOnce, sums += kAtOnce * split_stride) {
+    Raw some[kAtOnce][2 * kVectors];
+#pragma unroll
+    for (int s = 0; s < kAtOnce; ++s) {
+      if (first + s >= splits) break;
+#pragma unroll
+      for (int i = 0; i < 2 * kVectors; ++i) {
+        const int begin = i % kVectors * kWidth<float>;
+        const int start = i < kVectors ? place.low : place.high;
+        const int count = i < kVectors ? place.low_count : place.high_count;
+        some[s][i] = load_part<kWide>(sums + s * split_stride + start + begin, count - begin);
+      }
+    }
+#pragma unroll
+    for (int s = 0; s < kAtOnce; ++s) {
+      if (first + s >= splits) break;
+#pragma unroll
+      for (int i = 0; i < 2 * kSize; ++i) {
+        values[i] += __uint_as_float(some[s][i / kWidth<float>].words[i % kWidth<float>]);
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kSize; i += 2) {
+    low.words[i / 2] = round_pair<T>(values[i], values[i + 1]);
+    high.words[i / 2] = round_pair<T>(values[kSize + i], values[kSize + i + 1]);
+  }
+}
+
 template <typename T>
 __device__ __forceinline__ void widen(const Raw& raw, float (&values)[kWidth<T>]) {
   T elements[kWidth<T>];

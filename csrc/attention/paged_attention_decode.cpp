@@ -38,6 +38,7 @@ std::string to_string(const PagedAttentionDecodeConfig& c) {
       .add("blocks_per_sm", c.blocks_per_sm)
       .add("parts", c.parts)
       .add("min_part_units", c.min_part_units)
+      .add("whole_slack", c.whole_slack)
       .add("prefix_parts", c.prefix_parts)
       .add("min_prefix_tiles", c.min_prefix_tiles)
       .add("min_saved_tiles", c.min_saved_tiles)
@@ -59,7 +60,8 @@ namespace {
 
 constexpr int64_t kMaxQLen = 8;
 constexpr int kMinStages = 2, kMaxStages = 4;
-constexpr int kMaxParts = 8192;         // of the planned kernel
+constexpr int kMaxParts = 8192;            // of the planned kernel
+constexpr int64_t kMergeBytes = 96 << 10;  // what a multiprocessor gets of the memory while parts are merged
 constexpr int kMinPrefixTiles = 4;      // 256 tokens: what two requests save by them is hardly a microsecond
 constexpr int kMinSavedTilesAPart = 2;  // about the time of one more launch
 constexpr int kReservedBytes = 1024;    // of shared memory, by the driver for every block
@@ -140,6 +142,12 @@ bool has_prefix_sizes(const PagedAttentionDecodeParams& p) {
          p.batch <= kMaxSharingBatch;
 }
 
+// Of keys and values of a token under one key head, scales apart.
+int64_t item_token_bytes(const PagedAttentionDecodeParams& p) {
+  const int head_dim = static_cast<int>(p.head_dim);
+  return 2 * (is_codes(p.kv_dtype) ? codes_row_bytes(p.kv_dtype, head_dim) : 2 * head_dim);
+}
+
 // Of a block of the planned kernel.
 int shared_bytes(const PagedAttentionDecodeParams& p, int stages) {
   const int head_dim = static_cast<int>(p.head_dim);
@@ -161,6 +169,8 @@ Checks check_config(const PagedAttentionDecodeParams& p, const PagedAttentionDec
   checks.at_least("config.parts", c.parts, 1).at_most("config.parts", c.parts, kMaxParts);
   checks.at_least("config.min_part_units", c.min_part_units, 1);
   checks.at_most("config.min_part_units", c.min_part_units, kMaxUnits);
+  checks.at_least("config.whole_slack", c.whole_slack, -1);
+  checks.at_most("config.whole_slack", c.whole_slack, kMaxUnits);
   checks.at_least("config.prefix_parts", c.prefix_parts, 0);
   checks.at_most("config.prefix_parts", c.prefix_parts, has_prefix_sizes(p) ? kMaxParts : 0);
   checks.at_least("config.min_prefix_tiles", c.min_prefix_tiles, 1);
@@ -248,6 +258,8 @@ PagedAttentionDecodeConfig choose(const PagedAttentionDecodeParams& p, const Dev
   PagedAttentionDecodeConfig c;
   const int room = props.shared_memory_per_block + kReservedBytes;  // of a multiprocessor
   const auto blocks_with = [&](int stages) { return room / (shared_bytes(p, stages) + kReservedBytes); };
+  const int64_t items = p.batch * p.num_kv_heads;  // of the plan
+  bool has_one_each = items <= props.sm_count;
   if (is_codes(p.kv_dtype)) {
     // As many blocks as registers and rings of three stages allow: turning codes into operands takes issue
     // slots, and more warps use more of them.
@@ -258,11 +270,19 @@ PagedAttentionDecodeConfig choose(const PagedAttentionDecodeParams& p, const Dev
     c.warps = query_rows(p) > kQuarters * kTileRows ? 8 : 4;
     // As many stages as let two blocks of four warps share a multiprocessor: one copies on while the other
     // stores a result. Where two do not fit, one has the ring to itself.
-    c.blocks_per_sm = c.warps == 4 && blocks_with(kMinStages + 1) >= 2 ? 2 : 1;
+    // Nor are there two where most multiprocessors have one item, whole, and a deeper ring for it.
+    has_one_each = has_one_each && 3 * items > 2 * props.sm_count && query_rows(p) <= kTileRows &&
+                   blocks_with(kMaxStages) == 1;
+    c.blocks_per_sm = c.warps == 4 && blocks_with(kMinStages + 1) >= 2 && !has_one_each ? 2 : 1;
   }
   c.stages = kMaxStages;
   while (c.stages > kMinStages && blocks_with(c.stages) < c.blocks_per_sm) --c.stages;
   c.parts = std::min(c.blocks_per_sm * props.sm_count, kMaxParts);
+  // Whole items spare their merges. Where some multiprocessors would have two of them and others one, that
+  // costs more than it spares.
+  if (has_one_each || 8 * items > 7 * c.parts) {
+    c.whole_slack = static_cast<int>(kMergeBytes / (kTileTokens * item_token_bytes(p)));
+  }
   c.overlaps_producer = props.compute_major >= 9;
   c.min_prefix_tiles = kMinPrefixTiles;
   if (has_prefix_sizes(p)) {

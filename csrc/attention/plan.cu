@@ -1,5 +1,5 @@
-// Cuts the work of a batch into equal parts (the plan of plan.h): one block adds up the requests' units, then
-// finds for every part the request in which it begins. Where prefixes are shared, prefixes.cu has found them
+// Cuts the work of a batch into parts (the plan of plan.h): one block adds up the requests' units, then finds
+// for every part the request in which it begins. Where prefixes are shared, prefixes.cu has found them
 // before, and a second block cuts their line in the same way.
 #include "attention/plan.cuh"
 
@@ -24,7 +24,22 @@ struct PlanArguments {
   int parts;
   int min_part_units;
   int prefix_parts;
+  int whole_slack;
 };
+
+// The largest value of the block's threads, in every thread; values are not negative.
+__device__ __forceinline__ int block_max(int value) {
+  __shared__ int smem_warp_maxima[kMaxPlanThreads / kWarp];
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    value = max(value, __shfl_xor_sync(kAllLanes, value, distance));
+  }
+  if (lane == 0) smem_warp_maxima[warp] = value;
+  __syncthreads();
+  for (int w = 0; w < static_cast<int>(blockDim.x) / kWarp; ++w) value = max(value, smem_warp_maxima[w]);
+  __syncthreads();  // smem_warp_maxima may be written again from here on
+  return value;
+}
 
 __global__ void __launch_bounds__(kMaxPlanThreads) paged_attention_plan_kernel(PlanArguments a) {
   launch_dependents();
@@ -38,6 +53,7 @@ __global__ void __launch_bounds__(kMaxPlanThreads) paged_attention_plan_kernel(P
 
   // Units of one head
   int64_t head_units = 0;
+  int longest = 0;  // of this thread's items
   for (int base = 0; base < items; base += threads) {
     const int item = base + thread;
     int units = 0;
@@ -54,6 +70,7 @@ __global__ void __launch_bounds__(kMaxPlanThreads) paged_attention_plan_kernel(P
         plan.items[item] = what;
       }
       units = 1 + tiles_of(what.first, what.length);
+      longest = max(longest, units);
     }
     int64_t total = 0;
     const int64_t start = head_units + inclusive_sum(units, &total) - units;
@@ -68,7 +85,23 @@ __global__ void __launch_bounds__(kMaxPlanThreads) paged_attention_plan_kernel(P
 
   // Parts
   const int total = static_cast<int>(head_units) * a.num_kv_heads;
-  const int share = max((total + parts - 1) / parts, a.min_part_units);
+  const int equal_share = (total + parts - 1) / parts;
+  const int64_t all_items = static_cast<int64_t>(items) * a.num_kv_heads;
+  if (!is_prefixes && a.whole_slack >= 0 && all_items <= parts) {
+    longest = block_max(longest);
+    if (longest - 2 * equal_share <= a.whole_slack && longest * all_items <= kMaxUnits) {
+      const int used = static_cast<int>(all_items);
+      if (thread == 0) *plan.header = {used * longest, longest, used, items};
+      for (int part = thread; part < used; part += threads) {
+        const int item = part % items, start = part * longest;
+        const PlanItem what = plan.items[item];
+        const int end = start + 1 + tiles_of(what.first, what.length);
+        plan.parts[part] = {item, part / items, start, end, what};
+      }
+      return;
+    }
+  }
+  const int share = max(equal_share, a.min_part_units);
   const int used = (total + share - 1) / share;
   if (thread == 0) *plan.header = {total, share, used, items};
   for (int part = thread; part < used; part += threads) {
@@ -84,7 +117,8 @@ __global__ void __launch_bounds__(kMaxPlanThreads) paged_attention_plan_kernel(P
         end = middle;
       }
     }
-    plan.parts[part] = {item, head, begin - unit + smem_starts[item], 0, plan.items[item]};
+    const int start = begin - unit + smem_starts[item];
+    plan.parts[part] = {item, head, start, min(begin + share, total), plan.items[item]};
   }
 }
 
@@ -106,6 +140,7 @@ cudaError_t launch_plan_paged_attention(const PagedAttentionDecodeParams& p,
   a.parts = config.parts;
   a.min_part_units = config.min_part_units;
   a.prefix_parts = config.prefix_parts;
+  a.whole_slack = config.whole_slack;
   LaunchOptions options;
   options.shared_bytes = planning_shared_bytes(p);
   options.overlaps_producer = config.overlaps_producer;

@@ -5,6 +5,7 @@
 #include "device/reduce.cuh"
 
 namespace qsun {
+namespace {
 
 constexpr int kMaxPlanThreads = 1024;
 
@@ -35,4 +36,5 @@ __device__ __forceinline__ int64_t inclusive_sum(int64_t value, int64_t* total) 
   return before + value;
 }
 
+}  // namespace
 }  // namespace qsun

@@ -10,6 +10,12 @@
 //            | 1 | t t t t | 1 | t t t t t t t t | .. |
 //   parts    | part 0            | part 1            | part 2            | ..
 //
+// A request that parts share has to be merged, which a few requests of about one length, one for most of the
+// multiprocessors, do better without: then every part has one item, whole, and items stand in the line as far
+// apart as the longest takes. That is so where there are parts for all items and the longest is no longer
+// than twice an equal part and PagedAttentionDecodeConfig::whole_slack: while few multiprocessors read, each
+// gets more of the memory. In the line of prefixes all parts are equal.
+//
 // The plan lies in one piece of device memory, in 32-bit words:
 //
 //   header    4          see PlanHeader
@@ -31,9 +37,9 @@ constexpr int kMaxPlannedBatch = 32768;  // starts of the items lie in the plann
 constexpr int64_t kMaxTokens = 1 << 30;  // positions count in 32 bits on the device
 constexpr int64_t kMaxUnits = 1 << 30;   // and so do units
 
-// Part p owns units [p * share, (p + 1) * share), the last part what is left.
+// Part p owns units from p * share on, up to its end.
 struct alignas(16) PlanHeader {
-  int total;  // units
+  int total;  // units, with what lies between whole items
   int share;
   int used;   // parts that have any
   int items;  // under a head
@@ -48,13 +54,13 @@ struct alignas(16) PlanItem {
   int members;
 };
 
-// Where part p begins: in the units of `item` under `head`, whose first unit is `start`; and the item itself,
-// which the part then need not wait for. Undefined for parts from `used` on.
+// Where part p begins: in the units of `item` under `head`, whose first unit is `start`; the unit behind its
+// last one; and the item itself, which the part then need not wait for. Undefined for parts from `used` on.
 struct alignas(16) PartStart {
   int item;
   int head;
   int start;
-  int unused;
+  int end;
   PlanItem what;
 };
 

@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
   constexpr Line kLine = kIsPrefixes ? Line::kPrefixes : Line::kRequests;
   // What the launch for prefixes leaves is merged by the next one; the widest heads have no register left.
   constexpr bool kCutFirst = !kIsPrefixes && kHeadDim <= 128;
-  Walk<kLine, kCutFirst> walk{a, items, part * plan.share, min((part + 1) * plan.share, plan.total), {}};
+  Walk<kLine, kCutFirst> walk{a, items, part * plan.share, start.end, {}};
   walk.begin_part(start, part + 1 < plan.used, behind);
   Copies<T, kHeadDim, kLine, kCutFirst> copies{walk, warp, lane, evict_first_policy(), 0, 0};
   int missing = a.stages;  // stages to copy before the next product: at first all, then one

@@ -23,6 +23,7 @@ std::string to_string(const WriteKvCacheParams& p) {
       .add("rotate", p.rotate ? "yes" : "no")
       .add("kv_dtype", to_string(p.kv_dtype))
       .add("kv_scales", to_string(p.kv_scales))
+      .add("splits", p.splits)
       .add("dtype", to_string(p.dtype))
       .str();
 }
@@ -48,11 +49,14 @@ int64_t head_tiles(int64_t num_heads, int lanes) { return ceil_div(num_heads * l
 
 WriteKvCacheConfig choose(const WriteKvCacheParams& p, const DeviceProps& props) {
   const int64_t bytes = size_of(p.dtype);
-  const bool has_steps = p.num_q_heads > 0 || p.k_norm != nullptr || p.cos_sin != nullptr || p.rotate;
+  const int64_t source_bytes = p.splits > 0 ? 4 : bytes;
+  const bool has_steps =
+      p.num_q_heads > 0 || p.k_norm != nullptr || p.cos_sin != nullptr || p.rotate || p.splits > 0;
   WriteKvCacheConfig config;
   config.copies = !has_steps && p.kv_dtype == p.dtype;
   config.is_wide = wide({p.k, p.v, p.q, p.q_out, p.k_cache, p.v_cache, p.cos_sin, p.q_norm, p.k_norm},
-                        {p.k_stride * bytes, p.v_stride * bytes, p.q_stride * bytes});
+                        {p.k_stride * source_bytes, p.v_stride * source_bytes, p.q_stride * source_bytes,
+                         p.split_stride * source_bytes});
   if (config.copies) {
     config.is_wide = config.is_wide && p.head_dim * bytes % 16 == 0;
   } else {
@@ -107,6 +111,9 @@ Status check(const WriteKvCacheParams& p, const WriteKvCacheConfig& config) {
   checks.at_least("num_blocks", p.num_blocks, 0).at_least("num_q_heads", p.num_q_heads, 0);
   checks.at_least("num_kv_heads", p.num_kv_heads, 1).at_least("head_dim", p.head_dim, 1);
   checks.at_least("block_size", p.block_size, 1);
+  checks.at_least("splits", p.splits, 0);
+  checks.require(p.splits == 0 || size_of(p.dtype) == 2, "dtype", to_string(p.dtype),
+                 "float16 or bfloat16 where sums are to be added");
   checks.require(to_string(p.kv_dtype) != std::string("unknown"), "kv_dtype",
                  std::to_string(static_cast<int>(p.kv_dtype)), "0 to 5 (see DType)");
   if (p.num_tokens > 0) {

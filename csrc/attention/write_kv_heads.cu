@@ -17,9 +17,11 @@
 // slot and row of the table are the same address in all lanes. Blocks are small: a decode step of few tokens
 // spreads over the multiprocessors.
 //
-// Templates are on the dtype and on whether vectors are aligned. Which steps there are, how many lanes share
-// a head and what the cache holds are decided at run time, at a few branches a head.
+// Templates are on the dtype, on whether vectors are aligned, and on whether the projection left sums. Which
+// steps there are, how many lanes share a head and what the cache holds are decided at run time, at a few
+// branches a head.
 #include <cmath>
+#include <type_traits>
 
 #include "attention/head_parts.cuh"
 #include "attention/write_kv.h"
@@ -225,8 +227,9 @@ __device__ __forceinline__ int64_t cache_row(const HeadsArguments& a, int64_t sl
   return (block * a.p.num_kv_heads + head) * a.p.block_size + offset;
 }
 
-template <typename T, bool kWide>
-__global__ void __launch_bounds__(kThreads) write_kv_heads_kernel(const __grid_constant__ HeadsArguments a) {
+// kAdds: q, k and v are float32 sums of the splits of a product.
+template <typename T, bool kWide, bool kAdds>
+__device__ __forceinline__ void write_heads(const HeadsArguments& a) {
   constexpr int kSize = Part<T>::kSize;
   const WriteKvCacheParams& p = a.p;
 
@@ -277,17 +280,23 @@ __global__ void __launch_bounds__(kThreads) write_kv_heads_kernel(const __grid_c
   }
   if (p.settled) wait_for_producers();
   if (kind == Kind::kValue && tile >= a.kv_tiles) return;
-  const T* source;
+  using Source = std::conditional_t<kAdds, float, T>;
+  const Source* source;
   if (kind == Kind::kQuery) {
-    source = static_cast<const T*>(p.q) + token * p.q_stride;
+    source = static_cast<const Source*>(p.q) + token * p.q_stride;
   } else if (kind == Kind::kKey) {
-    source = static_cast<const T*>(p.k) + token * p.k_stride;
+    source = static_cast<const Source*>(p.k) + token * p.k_stride;
   } else {
-    source = static_cast<const T*>(p.v) + token * p.v_stride;
+    source = static_cast<const Source*>(p.v) + token * p.v_stride;
   }
   source += head * head_dim;
-  const Raw low = load_part<kWide>(source + place.low, place.low_count);
-  const Raw high = load_part<kWide>(source + place.high, place.high_count);
+  Raw low, high;
+  if constexpr (kAdds) {
+    add_part<kWide, T>(source, p.splits, p.split_stride, place, low, high);
+  } else {
+    low = load_part<kWide>(source + place.low, place.low_count);
+    high = load_part<kWide>(source + place.high, place.high_count);
+  }
   if (slot < 0) return;
   const int64_t row = kind == Kind::kQuery ? token * p.num_q_heads + head : cache_row(a, slot, head);
 
@@ -315,6 +324,16 @@ __global__ void __launch_bounds__(kThreads) write_kv_heads_kernel(const __grid_c
   }
 }
 
+template <typename T, bool kWide>
+__global__ void __launch_bounds__(kThreads) write_kv_heads_kernel(const __grid_constant__ HeadsArguments a) {
+  write_heads<T, kWide, false>(a);
+}
+
+template <typename T, bool kWide>
+__global__ void __launch_bounds__(kThreads) write_kv_sums_kernel(const __grid_constant__ HeadsArguments a) {
+  write_heads<T, kWide, true>(a);
+}
+
 int log2_of(int64_t value) {
   int log2 = 0;
   while (int64_t{1} << log2 < value) ++log2;
@@ -338,8 +357,15 @@ cudaError_t launch_write_kv_heads(const WriteKvCacheParams& p, const WriteKvCach
   const dim3 grid(p.num_tokens, ceil_div(a.q_tiles + 2 * a.kv_tiles, kKvWarps));
   return with_type(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    auto* kernel = config.is_wide ? write_kv_heads_kernel<T, true> : write_kv_heads_kernel<T, false>;
-    return launch_with(options, kernel, grid, dim3(kThreads), p.device, p.stream, a);
+    const auto launch = [&](auto* kernel) {
+      return launch_with(options, kernel, grid, dim3(kThreads), p.device, p.stream, a);
+    };
+    if constexpr (sizeof(T) == 2) {
+      if (p.splits > 0) {
+        return launch(config.is_wide ? write_kv_sums_kernel<T, true> : write_kv_sums_kernel<T, false>);
+      }
+    }
+    return launch(config.is_wide ? write_kv_heads_kernel<T, true> : write_kv_heads_kernel<T, false>);
   });
 }
 

@@ -66,24 +66,21 @@ void bind_attention_configs(py::module_& m) {
   printable<PagedAttentionDecodeConfig>(m, "PagedAttentionDecodeConfig",
                                         "How the planned kernel of paged_attention_decode is launched.")
       .def(py::init([](int warps, int stages, int blocks_per_sm, int parts, int min_part_units,
-                       int prefix_parts, int min_prefix_tiles, int min_saved_tiles, bool overlaps_producer) {
-             return PagedAttentionDecodeConfig{warps,
-                                               stages,
-                                               blocks_per_sm,
-                                               parts,
-                                               min_part_units,
-                                               prefix_parts,
-                                               min_prefix_tiles,
-                                               min_saved_tiles,
-                                               overlaps_producer};
+                       int whole_slack, int prefix_parts, int min_prefix_tiles, int min_saved_tiles,
+                       bool overlaps_producer) {
+             return PagedAttentionDecodeConfig{
+                 warps,       stages,       blocks_per_sm,    parts,           min_part_units,
+                 whole_slack, prefix_parts, min_prefix_tiles, min_saved_tiles, overlaps_producer};
            }),
            py::kw_only(), "warps"_a, "stages"_a, "blocks_per_sm"_a, "parts"_a, "min_part_units"_a,
-           "prefix_parts"_a = 0, "min_prefix_tiles"_a = 4, "min_saved_tiles"_a = 0, "overlaps_producer"_a)
+           "whole_slack"_a = -1, "prefix_parts"_a = 0, "min_prefix_tiles"_a = 4, "min_saved_tiles"_a = 0,
+           "overlaps_producer"_a)
       .def_readonly("warps", &PagedAttentionDecodeConfig::warps)
       .def_readonly("stages", &PagedAttentionDecodeConfig::stages)
       .def_readonly("blocks_per_sm", &PagedAttentionDecodeConfig::blocks_per_sm)
       .def_readonly("parts", &PagedAttentionDecodeConfig::parts)
       .def_readonly("min_part_units", &PagedAttentionDecodeConfig::min_part_units)
+      .def_readonly("whole_slack", &PagedAttentionDecodeConfig::whole_slack)
       .def_readonly("prefix_parts", &PagedAttentionDecodeConfig::prefix_parts)
       .def_readonly("min_prefix_tiles", &PagedAttentionDecodeConfig::min_prefix_tiles)
       .def_readonly("min_saved_tiles", &PagedAttentionDecodeConfig::min_saved_tiles)
@@ -220,8 +217,9 @@ void bind_write_kv_cache(py::module_& m) {
          uintptr_t k_scale, uintptr_t v_scale, uintptr_t slot_mapping, uintptr_t positions, uintptr_t cos_sin,
          uintptr_t q_norm, uintptr_t k_norm, float eps, bool rotate, int64_t num_tokens, int64_t num_q_heads,
          int64_t num_kv_heads, int64_t head_dim, int64_t num_blocks, int64_t block_size,
-         int64_t max_positions, int64_t q_stride, int64_t k_stride, int64_t v_stride, int kv_dtype,
-         int kv_scales, bool settled, int dtype, int device, uintptr_t stream) {
+         int64_t max_positions, int64_t q_stride, int64_t k_stride, int64_t v_stride, int splits,
+         int64_t split_stride, int kv_dtype, int kv_scales, bool settled, int dtype, int device,
+         uintptr_t stream) {
         WriteKvCacheParams p;
         p.k = pointer(k);
         p.v = pointer(v);
@@ -248,6 +246,8 @@ void bind_write_kv_cache(py::module_& m) {
         p.q_stride = q_stride;
         p.k_stride = k_stride;
         p.v_stride = v_stride;
+        p.splits = splits;
+        p.split_stride = split_stride;
         p.kv_dtype = static_cast<DType>(kv_dtype);
         p.kv_scales = static_cast<KvScales>(kv_scales);
         p.settled = settled;
@@ -257,8 +257,8 @@ void bind_write_kv_cache(py::module_& m) {
       "k"_a, "v"_a, "q"_a, "q_out"_a, "k_cache"_a, "v_cache"_a, "k_scale"_a, "v_scale"_a, "slot_mapping"_a,
       "positions"_a, "cos_sin"_a, "q_norm"_a, "k_norm"_a, "eps"_a, "rotate"_a, "num_tokens"_a,
       "num_q_heads"_a, "num_kv_heads"_a, "head_dim"_a, "num_blocks"_a, "block_size"_a, "max_positions"_a,
-      "q_stride"_a, "k_stride"_a, "v_stride"_a, "kv_dtype"_a, "kv_scales"_a, "settled"_a, "dtype"_a,
-      "device"_a, "stream"_a);
+      "q_stride"_a, "k_stride"_a, "v_stride"_a, "splits"_a, "split_stride"_a, "kv_dtype"_a, "kv_scales"_a,
+      "settled"_a, "dtype"_a, "device"_a, "stream"_a);
 }
 
 }  // namespace qsun::bindings

@@ -113,6 +113,14 @@ void bind_panels(py::module_& m) {
       },
       "M"_a, "N"_a, "K"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a, "dtype"_a, "props"_a);
   m.def(
+      "wna16_panels_splits",
+      [sizes](int64_t M, int64_t N, int64_t K, int bits, int groups_per_block, bool has_zeros,
+              const DeviceProps& props) {
+        return wna16_panels_splits(sizes(M, N, K, bits, groups_per_block, has_zeros, false), props);
+      },
+      "Blocks over which the columns are split, where each may leave its sums; else 1.", "M"_a, "N"_a, "K"_a,
+      "bits"_a, "groups_per_block"_a, "has_zeros"_a, "props"_a);
+  m.def(
       "choose_wna16_tiles",
       [sizes](int64_t M, int64_t N, int64_t K, int bits, int groups_per_block, bool has_zeros,
               const DeviceProps& props) {
@@ -160,7 +168,7 @@ void bind_panels(py::module_& m) {
          uintptr_t squares, uintptr_t scratch, int64_t scratch_bytes, int64_t M, int64_t N, int64_t K,
          int64_t column_blocks, int64_t x_stride, int64_t residual_stride, int64_t out_stride, float norm_eps,
          float x_eps, int bits, int groups_per_block, bool has_zeros, bool gate_up, bool batch_invariant,
-         bool prefetch_weights, int dtype, int device, uintptr_t stream) {
+         bool leaves_sums, bool prefetch_weights, int dtype, int device, uintptr_t stream) {
         Wna16PanelsParams p;
         p.x = pointer(x);
         p.panels = pointer<uint8_t>(panels);
@@ -187,6 +195,7 @@ void bind_panels(py::module_& m) {
         p.has_zeros = has_zeros;
         p.gate_up = gate_up;
         p.batch_invariant = batch_invariant;
+        p.leaves_sums = leaves_sums;
         p.prefetch_weights = prefetch_weights;
         place(p, dtype, device, stream);
         if (!config) return check(wna16_panels(p));
@@ -196,8 +205,8 @@ void bind_panels(py::module_& m) {
       "config"_a.none(true), "x"_a, "panels"_a, "bias"_a, "residual"_a, "norm_weight"_a, "x_squares"_a,
       "out"_a, "norm_out"_a, "squares"_a, "scratch"_a, "scratch_bytes"_a, "M"_a, "N"_a, "K"_a,
       "column_blocks"_a, "x_stride"_a, "residual_stride"_a, "out_stride"_a, "norm_eps"_a, "x_eps"_a, "bits"_a,
-      "groups_per_block"_a, "has_zeros"_a, "gate_up"_a, "batch_invariant"_a, "prefetch_weights"_a, "dtype"_a,
-      "device"_a, "stream"_a);
+      "groups_per_block"_a, "has_zeros"_a, "gate_up"_a, "batch_invariant"_a, "leaves_sums"_a,
+      "prefetch_weights"_a, "dtype"_a, "device"_a, "stream"_a);
 }
 
 }  // namespace

@@ -372,7 +372,7 @@ cudaError_t launch_tile(const Wna16PanelsParams& p, const GemmConfig& config) {
   const cudaError_t launched =
       launch_with(options, wna16_gemm_sm90_kernel<T, kBits, kTokens, kWarpGroups>, grid,
                   dim3(kGemmThreads<kBits, kTokens, kWarpGroups>), p.device, p.stream, x_map, a);
-  if (launched != cudaSuccess || !a.leaves_sums) return launched;
+  if (launched != cudaSuccess || !a.leaves_sums || p.leaves_sums) return launched;
   return launch_add_parts<T>(p, config.split_k, true);
 }
 

@@ -325,7 +325,7 @@ cudaError_t launch_tiles_of(const Wna16PanelsParams& p, const TilesConfig& confi
   const dim3 block(config.row_groups * config.column_groups * kWarpLanes);
   const cudaError_t launched = launch_with(options, wna16_tiles_sm80_kernel<T, kBits, kTokenTiles>, grid,
                                            block, p.device, p.stream, a);
-  if (launched != cudaSuccess || !a.leaves_sums) return launched;
+  if (launched != cudaSuccess || !a.leaves_sums || p.leaves_sums) return launched;
   return launch_add_parts<T>(p, config.split_k, config.overlaps_producer);
 }
 

@@ -32,6 +32,7 @@ std::string to_string(const Wna16PanelsParams& p) {
       .add("norm", p.norm_weight == nullptr ? "no"
                    : p.squares == nullptr   ? "yes"
                                             : "left")
+      .add("sums", p.leaves_sums ? "left" : "added")
       .add("dtype", to_string(p.dtype))
       .str();
 }
@@ -141,12 +142,28 @@ int64_t wna16_panels_scratch_bytes(const Wna16PanelsParams& p, const DeviceProps
   return uses_tiles(p, props) ? wna16_panels_scratch_bytes(p, choose_tiles(p, props)) : 0;
 }
 
+int64_t wna16_panels_scratch_bytes(const Wna16PanelsParams&, const StreamConfig&) { return 0; }
+
 int64_t wna16_panels_scratch_bytes(const Wna16PanelsParams& p, const GemmConfig& config) {
   return config.adds_in_cluster ? 0 : parts_bytes(p, config.split_k);
 }
 
 int64_t wna16_panels_scratch_bytes(const Wna16PanelsParams& p, const TilesConfig& config) {
   return parts_bytes(p, config.split_k);
+}
+
+namespace {
+
+int splits_of(const StreamConfig&) { return 1; }
+int splits_of(const GemmConfig& c) { return c.adds_in_cluster ? 1 : c.split_k; }
+int splits_of(const TilesConfig& c) { return c.split_k; }
+
+}  // namespace
+
+int wna16_panels_splits(const Wna16PanelsParams& p, const DeviceProps& props) {
+  if (p.M == 0) return 1;
+  if (uses_gemm(p, props)) return splits_of(choose_gemm(p, props));
+  return uses_tiles(p, props) ? splits_of(choose_tiles(p, props)) : 1;
 }
 
 int wna16_panels_shared_bytes(const Wna16PanelsParams& p, const StreamConfig& config) {
@@ -188,8 +205,15 @@ Status check(const Wna16PanelsParams& p) {
     checks.require(p.residual == nullptr, "residual", "given", "null with gate_up");
     checks.require(p.norm_weight == nullptr, "norm_weight", "given", "null with gate_up");
   }
+  if (p.leaves_sums) {
+    const bool is_bare = !p.gate_up && p.bias == nullptr && p.residual == nullptr &&
+                         p.norm_weight == nullptr && p.x_squares == nullptr;
+    checks.require(is_bare, "leaves_sums", "yes with gate_up, bias, residual or a norm",
+                   "no where something follows the sums");
+  }
   if (p.M > 0) {
-    checks.not_null("x", p.x).not_null("panels", p.panels).not_null("out", p.out);
+    checks.not_null("x", p.x).not_null("panels", p.panels);
+    if (!p.leaves_sums) checks.not_null("out", p.out);
     checks.aligned("panels", p.panels, 16);
     checks.require((p.norm_weight == nullptr) == (p.norm_out == nullptr), "norm_out",
                    p.norm_out == nullptr ? "null" : "given", "null exactly when norm_weight is null");
@@ -215,6 +239,19 @@ void require_whole_norms(Checks& checks, const Wna16PanelsParams& p) {
   checks.require(p.x_squares == nullptr, "x_squares", "given", "null for this kernel");
 }
 
+template <typename Config>
+Status check_scratch(const Wna16PanelsParams& p, const Config& c) {
+  Checks checks;
+  checks.require(!p.leaves_sums || splits_of(c) > 1, "leaves_sums", "yes with one split",
+                 "no where columns are not split over blocks");
+  const int64_t needed = wna16_panels_scratch_bytes(p, c);
+  if (needed > 0) {
+    checks.not_null("scratch", p.scratch).aligned("scratch", p.scratch, 16);
+    checks.at_least("scratch_bytes", p.scratch_bytes, needed);
+  }
+  return checks.status("wna16_panels", p);
+}
+
 Status check(const Wna16PanelsParams& p, const StreamConfig& c, const DeviceProps& props) {
   Checks checks;
   checks.one_of("token_tiles", c.token_tiles, {1, 2, 4}).one_of("row_tiles", c.row_tiles, {2, 4});
@@ -231,18 +268,7 @@ Status check(const Wna16PanelsParams& p, const StreamConfig& c, const DeviceProp
   if (checks.ok()) {
     checks.at_most("shared memory", StreamMemory(p, c).total, props.shared_memory_per_block);
   }
-  return checks.status("wna16_panels", p);
-}
-
-template <typename Config>
-Status check_scratch(const Wna16PanelsParams& p, const Config& c) {
-  Checks checks;
-  const int64_t needed = wna16_panels_scratch_bytes(p, c);
-  if (needed > 0) {
-    checks.not_null("scratch", p.scratch).aligned("scratch", p.scratch, 16);
-    checks.at_least("scratch_bytes", p.scratch_bytes, needed);
-  }
-  return checks.status("wna16_panels", p);
+  return checks.ok() ? check_scratch(p, c) : checks.status("wna16_panels", p);
 }
 
 Status check(const Wna16PanelsParams& p, const GemmConfig& c, const DeviceProps& props) {
@@ -372,7 +398,7 @@ Status wna16_panels(const Wna16PanelsParams& p) {
   if (Status status = props_of("wna16_panels", p, &props); !status.ok()) return status;
   if (uses_gemm(p, props)) return run_with_scratch(p, choose_gemm(p, props), props);
   if (uses_tiles(p, props)) return run_with_scratch(p, choose_tiles(p, props), props);
-  return run_with_norm(p, choose_stream(p, props), props);
+  return run_with_scratch(p, choose_stream(p, props), props);
 }
 
 namespace {

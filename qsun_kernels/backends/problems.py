@@ -33,14 +33,17 @@ __all__ = [
     "PagedAttentionDecodeProblem",
     "PendingNorm",
     "PendingNorms",
+    "PendingSums",
     "PreparedWeight",
     "Problem",
     "RmsNormProblem",
     "SampleTokensProblem",
     "SiluAndMulProblem",
+    "SplitProducts",
     "Wna16GateUpSiluProblem",
     "Wna16LinearRmsNormProblem",
     "Wna16Problem",
+    "WriteImplementation",
     "WriteKvCacheProblem",
 ]
 
@@ -294,10 +297,12 @@ class LinearImplementation(Implementation):
     prepare: (packed weight on the device of its use, with scales already in `dtype`; dtype of the
     activations) -> the weight in the layout that `run` reads, for the operator of this implementation.
     pending: of `wna16_linear`, how the backend leaves norms to the products behind; None where it does not.
+    split: the same of sums that it leaves to the operator behind.
     """
 
     prepare: Callable[[PackedWeight, torch.dtype], PreparedWeight]
     pending: PendingNorms | None = None
+    split: SplitProducts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,6 +369,58 @@ class PendingNorms:
     pays: Callable[[int, PreparedWeight, PreparedWeight], bool]
     leave: Callable[..., tuple[PendingNorm, torch.Tensor]]
     take: Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PendingSums:
+    """Rows of a product that was split along K, and whose sums are left to whoever reads them.
+
+    parts: float32 (splits, *shape of the rows); the rows are parts[0] + parts[1] + .. in that order, rounded
+    to `dtype`. Made by `wna16_linear_pending_sums`; `write_kv_cache` takes them as q, k and v.
+    """
+
+    parts: torch.Tensor
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the rows."""
+        return self.parts.shape[1:]
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.parts.device
+
+    def added(self) -> torch.Tensor:
+        """The rows."""
+        first, *others = self.parts.unbind(0)
+        total = first.clone()
+        for part in others:
+            total += part
+        return total.to(self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class SplitProducts:
+    """How one backend leaves the sums of a product that it splits along K.
+
+    splits: (rows, weight) -> the parts that a product of so many rows leaves, 1 where it is not split. leave:
+    (x, weight) -> the sums; for rows of which there is more than one part.
+    """
+
+    splits: Callable[[int, PreparedWeight], int]
+    leave: Callable[[torch.Tensor, PreparedWeight], PendingSums]
+
+
+@dataclass(frozen=True, slots=True)
+class WriteImplementation(Implementation):
+    """`write_kv_cache` of one backend.
+
+    adds_sums: whether `run` takes q, k and v as `PendingSums`; else they are added up before.
+    """
+
+    adds_sums: bool = False
 
 
 _ORDERED = ".ordered"

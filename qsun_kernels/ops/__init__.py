@@ -14,6 +14,7 @@ from qsun_kernels.ops.silu_and_mul import silu_and_mul
 from qsun_kernels.ops.wna16_gate_up_silu import prepare_gate_up, wna16_gate_up_silu
 from qsun_kernels.ops.wna16_linear import prepare_weight, wna16_linear
 from qsun_kernels.ops.wna16_linear_pending_norm import norm_may_pend, wna16_linear_pending_norm
+from qsun_kernels.ops.wna16_linear_pending_sums import sums_may_pend, wna16_linear_pending_sums
 from qsun_kernels.ops.wna16_linear_rms_norm import wna16_linear_rms_norm
 from qsun_kernels.ops.write_kv_cache import write_kv_cache
 
@@ -31,9 +32,11 @@ __all__ = [
     "rope_cache",
     "sample_tokens",
     "silu_and_mul",
+    "sums_may_pend",
     "wna16_gate_up_silu",
     "wna16_linear",
     "wna16_linear_pending_norm",
+    "wna16_linear_pending_sums",
     "wna16_linear_rms_norm",
     "write_kv_cache",
 ]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import cast, overload
+from functools import lru_cache
+from typing import Any, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor
 
-from qsun_kernels.backends.dispatch import launcher, requested_backend
-from qsun_kernels.backends.problems import BackendName, WriteKvCacheProblem
+from qsun_kernels.backends.dispatch import launcher, requested_backend, select
+from qsun_kernels.backends.problems import (
+    BackendName,
+    PendingSums,
+    WriteImplementation,
+    WriteKvCacheProblem,
+)
 from qsun_kernels.ops import checked_mode, checks
 from qsun_kernels.ops.cache_checks import cache_head_dim, check_cache, check_scales, kind_of
 from qsun_kernels.ops.library import is_traced, refuse_gradient, register
@@ -18,8 +24,8 @@ __all__ = ["write_kv_cache"]
 
 @overload
 def write_kv_cache(
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | PendingSums,
+    v: Tensor | PendingSums,
     k_cache: Tensor,
     v_cache: Tensor,
     slot_mapping: Tensor,
@@ -40,13 +46,13 @@ def write_kv_cache(
 
 @overload
 def write_kv_cache(
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | PendingSums,
+    v: Tensor | PendingSums,
     k_cache: Tensor,
     v_cache: Tensor,
     slot_mapping: Tensor,
     *,
-    q: Tensor,
+    q: Tensor | PendingSums,
     positions: Tensor | None = None,
     cos_sin: Tensor | None = None,
     q_norm: Tensor | None = None,
@@ -61,13 +67,13 @@ def write_kv_cache(
 
 
 def write_kv_cache(
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | PendingSums,
+    v: Tensor | PendingSums,
     k_cache: Tensor,
     v_cache: Tensor,
     slot_mapping: Tensor,
     *,
-    q: Tensor | None = None,
+    q: Tensor | PendingSums | None = None,
     positions: Tensor | None = None,
     cos_sin: Tensor | None = None,
     q_norm: Tensor | None = None,
@@ -103,6 +109,10 @@ def write_kv_cache(
     q (T, Hq, D) like k: goes through the same steps, for skipped tokens too, and is returned contiguous.
     Without q, None is returned.
 
+    k, v and q may all be sums that a product left (`PendingSums`, (splits, T, H, D)) instead, of one float16
+    or bfloat16 product: they are added up first, to the bits that the product would have given. Not in traced
+    code.
+
     settled: a promise that slot_mapping, positions, cos_sin and the norms were complete before the launch in
     front of this one began, and all that a `paged_attention_decode` behind this call reads with
     `follows_write`. So is whatever was complete before an earlier call without this promise on the same
@@ -116,7 +126,9 @@ def write_kv_cache(
     if not isinstance(settled, bool):
         raise TypeError(f"settled is {settled!r}, expected True or False")
     steps = (positions, cos_sin, q_norm, k_norm, eps, rotate, k_scale, v_scale)
-    _check(k, v, k_cache, v_cache, slot_mapping, q, *steps)
+    if isinstance(k, PendingSums) or isinstance(v, PendingSums) or isinstance(q, PendingSums):
+        return _write_sums(k, v, k_cache, v_cache, slot_mapping, q, steps, settled, backend)
+    _check(k, v, k_cache, v_cache, slot_mapping, q, k.dtype, *steps)
     tensors = (k, v, k_cache, v_cache, slot_mapping, q, positions, cos_sin, q_norm, k_norm, k_scale, v_scale)
     if not is_traced(*tensors):
         return _launch(k, v, k_cache, v_cache, slot_mapping, q, *steps, settled, backend)
@@ -142,6 +154,7 @@ def _check(
     v_cache: Tensor,
     slot_mapping: Tensor,
     q: Tensor | None,
+    dtype: torch.dtype,
     positions: Tensor | None,
     cos_sin: Tensor | None,
     q_norm: Tensor | None,
@@ -151,6 +164,7 @@ def _check(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> None:
+    """dtype: of the rows; k, v and q are these, or a part of their sums."""
     checks.floating("k", k)
     checks.heads("k", k, "(T, Hkv, D)")
     checks.beside("v", v, k.dtype, k.device, "like k")
@@ -171,7 +185,7 @@ def _check(
         checks.beside("q", q, k.dtype, k.device, "like k")
         checks.heads("q", q, "(T, Hq, D)")
         checks.shape("q", q, (T, q.shape[1], D), "(T, Hq, D)")
-    _check_norms(k, q, q_norm, k_norm, eps)
+    _check_norms(k, q, dtype, q_norm, k_norm, eps)
     if (positions is None) != (cos_sin is None):
         name, other = ("positions", "cos_sin") if positions is None else ("cos_sin", "positions")
         raise ValueError(f"{name} is None, expected it beside {other}, or neither")
@@ -192,7 +206,12 @@ def _check(
 
 
 def _check_norms(
-    k: Tensor, q: Tensor | None, q_norm: Tensor | None, k_norm: Tensor | None, eps: float
+    k: Tensor,
+    q: Tensor | None,
+    dtype: torch.dtype,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
 ) -> None:
     if q is None and q_norm is not None:
         raise ValueError("q_norm is given and q is None, expected both or neither")
@@ -201,19 +220,64 @@ def _check_norms(
         raise ValueError(f"{name} is None, expected it beside {other}, or neither")
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
         if norm is not None:
-            checks.beside(name, norm, k.dtype, k.device, "like k")
+            checks.beside(name, norm, dtype, k.device, "like k")
             checks.shape(name, norm, (k.shape[2],), "(D,)")
             checks.contiguous(name, norm)
     checks.epsilon("eps", eps)
 
 
-def _launch(
-    k: Tensor,
-    v: Tensor,
+_Steps: TypeAlias = tuple[
+    Tensor | None, Tensor | None, Tensor | None, Tensor | None, float, bool, Tensor | None, Tensor | None
+]
+"""positions, cos_sin, q_norm, k_norm, eps, rotate, k_scale, v_scale."""
+
+
+def _write_sums(
+    k: Tensor | PendingSums,
+    v: Tensor | PendingSums,
     k_cache: Tensor,
     v_cache: Tensor,
     slot_mapping: Tensor,
-    q: Tensor | None,
+    q: Tensor | PendingSums | None,
+    steps: _Steps,
+    settled: bool,
+    backend: BackendName | None,
+) -> Tensor | None:
+    """What `write_kv_cache` does where at least one of k, v and q is sums: checks, then the launch."""
+    firsts: dict[str, Tensor] = {}
+    for name, rows in (("k", k), ("v", v), ("q", q)):
+        if rows is None:
+            continue
+        if not isinstance(rows, PendingSums):
+            raise TypeError(f"{name} is a {type(rows).__name__} beside sums, expected a PendingSums as well")
+        assert isinstance(k, PendingSums)
+        checks.beside(f"{name}.parts", rows.parts, torch.float32, k.parts.device, "sums, on the device of k")
+        checks.rank(f"{name}.parts", rows.parts, 4, "(splits, T, H, D)")
+        if rows.dtype not in (torch.float16, torch.bfloat16) or rows.dtype != k.dtype:
+            expected = "torch.float16 or torch.bfloat16, the same for k, v and q"
+            raise TypeError(f"{name}.dtype is {rows.dtype}, expected {expected}")
+        if (len(rows.parts), rows.parts.stride(0)) != (len(k.parts), k.parts.stride(0)) or not len(k.parts):
+            raise ValueError(
+                f"{name}.parts are {len(rows.parts)}, {rows.parts.stride(0)} elements apart; expected "
+                f"{max(len(k.parts), 1)}, {k.parts.stride(0)} apart: k, v and q of one product"
+            )
+        firsts[name] = rows.parts[0]
+    assert isinstance(k, PendingSums)
+    _check(firsts["k"], firsts["v"], k_cache, v_cache, slot_mapping, firsts.get("q"), k.dtype, *steps)
+    positions, cos_sin, q_norm, k_norm, _, _, k_scale, v_scale = steps
+    around = (k_cache, v_cache, slot_mapping, positions, cos_sin, q_norm, k_norm, k_scale, v_scale)
+    if is_traced(*firsts.values(), *around):
+        raise RuntimeError("write_kv_cache of PendingSums was called in traced code; add them up before")
+    return _launch(k, v, k_cache, v_cache, slot_mapping, q, *steps, settled, backend)
+
+
+def _launch(
+    k: Tensor | PendingSums,
+    v: Tensor | PendingSums,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    q: Tensor | PendingSums | None,
     positions: Tensor | None,
     cos_sin: Tensor | None,
     q_norm: Tensor | None,
@@ -225,12 +289,11 @@ def _launch(
     settled: bool,
     backend: str | None,
 ) -> Tensor | None:
+    """k, v and q are rows, or all of them sums."""
     if checked_mode.ENABLED:
         max_positions = 0 if cos_sin is None else cos_sin.shape[0]
         checked_mode.check_written(slot_mapping, k_cache.shape[0], k_cache.shape[2], positions, max_positions)
-    run = launcher(
-        requested_backend(backend),
-        WriteKvCacheProblem,
+    sizes = (
         k.shape[1],
         k.shape[2],
         k_cache.shape[2],
@@ -243,8 +306,19 @@ def _launch(
         positions is not None,
         rotate,
     )
+    rows: tuple[Tensor | PendingSums | None, ...] = (k, v, q)
+    if isinstance(k, PendingSums) and not _adds_sums(requested_backend(backend), *sizes):
+        rows = tuple(one.added() if isinstance(one, PendingSums) else one for one in rows)
+    run = launcher(requested_backend(backend), WriteKvCacheProblem, *sizes)
     steps = (positions, cos_sin, q_norm, k_norm, eps, rotate, k_scale, v_scale)
-    return cast("Tensor | None", run(k, v, k_cache, v_cache, slot_mapping, q, *steps, settled))
+    return cast("Tensor | None", run(*rows[:2], k_cache, v_cache, slot_mapping, rows[2], *steps, settled))
+
+
+@lru_cache(maxsize=4096)
+def _adds_sums(requested: BackendName | None, *sizes: Any) -> bool:
+    """Whether the backend that is chosen for the problem of these sizes takes sums."""
+    implementation = select(WriteKvCacheProblem(*sizes), requested).implementation
+    return isinstance(implementation, WriteImplementation) and implementation.adds_sums
 
 
 def _run(

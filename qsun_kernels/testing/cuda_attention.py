@@ -22,18 +22,23 @@ def config(
     warps: int = 4,
     stages: int = 3,
     min_part_units: int = 1,
+    whole_slack: int = -1,
     prefix_parts: int = 0,
     min_prefix_tiles: int = 1,
     min_saved_tiles: int = 0,
     overlaps_producer: bool = False,
 ) -> library.binding.PagedAttentionDecodeConfig:
-    """One block an SM, the smallest parts and prefixes there are; no parts for prefixes: none are shared."""
+    """One block an SM, the smallest parts and prefixes there are; no parts for prefixes: none are shared.
+
+    whole_slack: by default requests are cut wherever equal parts end.
+    """
     return library.binding.PagedAttentionDecodeConfig(
         warps=warps,
         stages=stages,
         blocks_per_sm=1,
         parts=parts,
         min_part_units=min_part_units,
+        whole_slack=whole_slack,
         prefix_parts=prefix_parts,
         min_prefix_tiles=min_prefix_tiles,
         min_saved_tiles=min_saved_tiles,

@@ -84,7 +84,10 @@ struct PagedAttentionDecodeConfig {
   int blocks_per_sm = 1;   // at once
   int parts = 1;           // blocks of the grid, of equal shares of the work
   int min_part_units = 2;  // smaller parts are not made: fewer blocks get work (units: attention/plan.h)
-  int prefix_parts = 0;    // blocks of the launch that reads shared prefixes (attention/prefixes.h); 0: none
+  // Requests are not cut where there are parts for all of them, under every key head, and the longest takes
+  // no more units than two equal shares and this. -1: they are always cut.
+  int whole_slack = -1;
+  int prefix_parts = 0;  // blocks of the launch that reads shared prefixes (attention/prefixes.h); 0: none
   int min_prefix_tiles = 4;        // shorter prefixes, in tiles of 64 tokens, are not shared
   int min_saved_tiles = 0;         // in all, of all key heads: with fewer no prefix is shared
   bool overlaps_producer = false;  // begins while the kernel before it still runs; needs sm_90

@@ -22,6 +22,10 @@ constexpr int64_t kMaxPendingRows = 16;  // tokens whose norm one product can le
 // The one in front, with `squares`, gives norm_out = out * norm_weight, rounded once, and sums of squares of
 // out. The one behind takes that norm_out as x and the squares as x_squares, and multiplies its sums by
 // 1 / sqrt(sum of a row's x_squares / K + x_eps).
+//
+// A product whose columns are split over blocks (wna16_panels_splits()) can leave its sums to the launch
+// behind it, which then adds them: parts (splits, M, N rounded up to 64) float32, whose sum over the splits,
+// in their order, is x @ w.T.
 struct Wna16PanelsParams {
   const void* x = nullptr;            // (M, K) dtype, rows x_stride elements apart
   const uint8_t* panels = nullptr;    // (ceil(N / 64), column_blocks, block_bytes), aligned to 16 bytes
@@ -32,7 +36,8 @@ struct Wna16PanelsParams {
   void* norm_out = nullptr;  // (M, N) dtype, contiguous; null exactly when norm_weight is
   float* squares = nullptr;  // (M, ceil(N / 16)), of 16 neighbouring columns each; null: the norm is not left
   const float* x_squares = nullptr;  // (M, K / 16), aligned to 16, K divisible by 64; null: x is whole
-  void* scratch = nullptr;           // wna16_panels_scratch_bytes(), aligned to 16; used by this call alone
+  // wna16_panels_scratch_bytes(), aligned to 16; used by this call alone, or with leaves_sums its result
+  void* scratch = nullptr;
   int64_t scratch_bytes = 0;
   int64_t M = 0;              // 0: nothing is launched
   int64_t N = 0;              // rows of the weight; of gate and up together for gate_up
@@ -48,6 +53,9 @@ struct Wna16PanelsParams {
   bool has_zeros = false;    // zero points are stored; else every zero is 2^(bits - 1)
   bool gate_up = false;  // rows are gate and up, interleaved (panels.h); bias, residual and norm must be null
   bool batch_invariant = false;  // a row of out depends on nothing but its row of x
+  // scratch is left with the parts, and out is not written. Where columns are split, without gate_up, bias,
+  // residual and norm.
+  bool leaves_sums = false;
   // Weights, that of the norm too, are read before the kernels that this launch depends on have ended. Set to
   // false where one of them writes the weight.
   bool prefetch_weights = true;
@@ -108,6 +116,8 @@ QSUN_API std::vector<GemmTile> gemm_tiles();
 // of the pointers and the device alone. With squares or x_squares it is the streaming one.
 QSUN_API bool uses_gemm(const Wna16PanelsParams& params, const DeviceProps& props);
 QSUN_API bool uses_tiles(const Wna16PanelsParams& params, const DeviceProps& props);
+// Blocks over which a product of these sizes splits its columns, whose sums it can leave; 1: none to leave.
+QSUN_API int wna16_panels_splits(const Wna16PanelsParams& params, const DeviceProps& props);
 // Whether a product of these sizes may leave the norm of its rows to the product behind, or take one that was
 // left, and be what it is without: the dtype and the number of tokens allow it, and the streaming kernel is
 // the choice in any case.
@@ -121,6 +131,7 @@ QSUN_API int wna16_panels_shared_bytes(const Wna16PanelsParams& params, const Ge
 QSUN_API int wna16_panels_shared_bytes(const Wna16PanelsParams& params, const TilesConfig& config);
 // Bytes of scratch that a call with these sizes, dtype and alignment of x needs; 0 for most.
 QSUN_API int64_t wna16_panels_scratch_bytes(const Wna16PanelsParams& params, const DeviceProps& props);
+QSUN_API int64_t wna16_panels_scratch_bytes(const Wna16PanelsParams& params, const StreamConfig& config);
 QSUN_API int64_t wna16_panels_scratch_bytes(const Wna16PanelsParams& params, const GemmConfig& config);
 QSUN_API int64_t wna16_panels_scratch_bytes(const Wna16PanelsParams& params, const TilesConfig& config);
 // Kernel and launch in one line.

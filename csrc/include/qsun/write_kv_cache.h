@@ -11,6 +11,9 @@ namespace qsun {
 
 // Takes the heads of new tokens from the projection to the paged cache in one launch. In this order, each
 // step where its arguments are given:
+//   sums      k, v and q: those that a product left (Wna16PanelsParams::leaves_sums), added up, and rounded
+//   to
+//             dtype
 //   norm      k and q: RMS norm over head_dim, as rms_norm; rounded to dtype
 //   rope      k and q: rotary embedding, as apply_rope; rounded to dtype
 //   rotate    k and q: times H / sqrt(head_dim), H the Hadamard matrix in Sylvester's order, float32
@@ -47,6 +50,10 @@ struct WriteKvCacheParams {
   int64_t q_stride = 0;
   int64_t k_stride = 0;
   int64_t v_stride = 0;
+  // Above 0: k, v and q are float32 sums, so many of each element, split_stride elements apart, to be added
+  // in their order; the other strides count elements of float32 then, too. dtype has 16 bits.
+  int splits = 0;
+  int64_t split_stride = 0;
   DType kv_dtype = DType::kFloat32;
   KvScales kv_scales = KvScales::kNone;
   // A promise: slot_mapping, positions, cos_sin, q_norm and k_norm, and what a launch behind this one reads

@@ -13,9 +13,12 @@ from qsun.layers.norm import RMSNorm
 from qsun_kernels import (
     PackedWeight,
     PendingNorm,
+    PendingSums,
     PreparedWeight,
+    sums_may_pend,
     wna16_linear,
     wna16_linear_pending_norm,
+    wna16_linear_pending_sums,
     wna16_linear_rms_norm,
 )
 
@@ -135,6 +138,12 @@ class QuantLinear:
         a product, the norm is made in the same launch.
         """
         return wna16_linear_rms_norm(x, self.weight, stream, norm.weight, eps=norm.eps, bias=self.bias)
+
+    def leave_sums(self, x: Normed) -> PendingSums | None:
+        """x (T, K) -> sums of (T, N) for whoever reads them to add; None where the product leaves none."""
+        if isinstance(x, PendingNorm) or self.bias is not None or not sums_may_pend(x.shape[0], self.weight):
+            return None
+        return wna16_linear_pending_sums(x, self.weight)
 
     def leave_norm(self, x: Tensor, stream: Tensor, norm: RMSNorm) -> tuple[PendingNorm, Tensor]:
         """(norm to be finished by the low-bit layer that reads it, new stream)."""

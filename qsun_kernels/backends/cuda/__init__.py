@@ -3,6 +3,7 @@
     library    the binding, what it was built for, why it cannot run here; what launchers share
     linear     wna16_linear, wna16_linear_rms_norm, wna16_gate_up_silu, dequantize
     pending_norm  norms that one of these leaves to the next
+    split_products  sums that wna16_linear leaves to write_kv_cache
     attention  paged_attention_decode
     write_kv_cache
     fused      rms_norm, silu_and_mul, apply_rope
@@ -18,12 +19,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from qsun_kernels.backends.cuda import attention, fused, linear, pending_norm, sampling, write_kv_cache
+from qsun_kernels.backends.cuda import (
+    attention,
+    fused,
+    linear,
+    pending_norm,
+    sampling,
+    split_products,
+    write_kv_cache,
+)
 from qsun_kernels.backends.cuda.library import always, build_info, covers, unavailable
 from qsun_kernels.backends.problems import (
     AttentionImplementation,
     Implementation,
     LinearImplementation,
+    WriteImplementation,
 )
 
 __all__ = ["IMPLEMENTATIONS", "build_info", "covers", "unavailable"]
@@ -36,6 +46,7 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
             linear.describe_linear,
             linear.prepare,
             pending_norm.PENDING_NORMS,
+            split_products.SPLIT_PRODUCTS,
         ),
         "wna16_gate_up_silu": LinearImplementation(
             linear.supports_gate_up,
@@ -55,8 +66,8 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
             attention.describe_attention,
             attention.plan_paged_attention,
         ),
-        "write_kv_cache": Implementation(
-            write_kv_cache.supports, write_kv_cache.write_kv_cache, write_kv_cache.describe
+        "write_kv_cache": WriteImplementation(
+            write_kv_cache.supports, write_kv_cache.write_kv_cache, write_kv_cache.describe, adds_sums=True
         ),
         "rms_norm": Implementation(fused.supports_rms_norm, fused.rms_norm, fused.describe_rms_norm),
         "silu_and_mul": Implementation(

@@ -173,15 +173,19 @@ def launch_panels(
     weight: PreparedWeight,
     bias: Tensor | None,
     residual: Tensor | None,
-    out: Tensor,
+    out: Tensor | None,
     batch_invariant: bool,
     config: library.binding.StreamConfig
     | library.binding.GemmConfig
     | library.binding.TilesConfig
     | None = None,
     norm: Norm | None = None,
+    sums: Tensor | None = None,
 ) -> None:
-    """config: which kernel to run and how, for tests and tuning; by default the library chooses."""
+    """config: which kernel to run and how, for tests and tuning; by default the library chooses.
+
+    sums: float32 (splits, M, N rounded up to 64), what blocks that split K leave; out is None then.
+    """
     spec, panels, groups = weight.spec, weight.tensors[0], groups_per_block(weight)
     x_squares, x_eps = None, 0.0
     if isinstance(x, PendingNorm):
@@ -189,8 +193,10 @@ def launch_panels(
     elif len(weight.tensors) == 2:
         x = _gathered(x, weight.tensors[1], weight.is_prefetched)
     device = x.get_device()
-    scratch, scratch_bytes = None, 0
-    if config is not None:
+    scratch, scratch_bytes = sums, 0
+    if sums is not None:
+        scratch_bytes = sums.nbytes
+    elif config is not None:
         if not isinstance(config, library.binding.StreamConfig):
             sizes = x.shape[0], weight.N, x.shape[1]
             scratch_bytes = library.binding.wna16_parts_bytes(*sizes, config)
@@ -205,7 +211,7 @@ def launch_panels(
             batch_invariant,
             device,
         )
-    if scratch_bytes:
+    if scratch_bytes and scratch is None:
         scratch = torch.empty(scratch_bytes // 4, dtype=torch.float32, device=x.device)
     library.binding.wna16_panels(
         config,
@@ -215,7 +221,7 @@ def launch_panels(
         library.address(residual),
         0 if norm is None else norm.weight.data_ptr(),
         library.address(x_squares),
-        out.data_ptr(),
+        library.address(out),
         0 if norm is None else norm.out.data_ptr(),
         0 if norm is None else library.address(norm.squares),
         library.address(scratch),
@@ -226,7 +232,7 @@ def launch_panels(
         panels.shape[1],
         x.stride(0),
         library.row_stride(residual),
-        out.stride(0),
+        library.row_stride(out),
         0.0 if norm is None else norm.eps,
         x_eps,
         spec.bits,
@@ -234,6 +240,7 @@ def launch_panels(
         not spec.symmetric,
         weight.operator == "wna16_gate_up_silu",
         batch_invariant,
+        sums is not None,
         weight.is_prefetched,
         library.DTYPE_CODES[x.dtype],
         device,

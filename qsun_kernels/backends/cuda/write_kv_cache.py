@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qsun_kernels.backends.cuda import library
-from qsun_kernels.backends.problems import KV_SCALES, KvScales, WriteKvCacheProblem
+from qsun_kernels.backends.problems import KV_SCALES, KvScales, PendingSums, WriteKvCacheProblem
 
 MAX_HEAD_BYTES = 1024
 """Of one head of k: a warp holds it in registers, two vectors of 16 bytes a lane."""
@@ -54,12 +54,12 @@ def _copies(problem: WriteKvCacheProblem) -> bool:
 
 
 def write_kv_cache(
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | PendingSums,
+    v: Tensor | PendingSums,
     k_cache: Tensor,
     v_cache: Tensor,
     slot_mapping: Tensor,
-    q: Tensor | None = None,
+    q: Tensor | PendingSums | None = None,
     positions: Tensor | None = None,
     cos_sin: Tensor | None = None,
     q_norm: Tensor | None = None,
@@ -70,13 +70,18 @@ def write_kv_cache(
     v_scale: Tensor | None = None,
     settled: bool = False,
 ) -> Tensor | None:
+    dtype, splits, split_stride = k.dtype, 0, 0
+    if isinstance(k, PendingSums):
+        splits, split_stride = k.parts.shape[0], k.parts.stride(0)
+    k, v = _first(k), _first(v)
+    q = None if q is None else _first(q)
     num_tokens, num_kv_heads, head_dim = k.shape
     scales: KvScales = "none"
     if k_scale is not None:
         scales = "tensor" if k_scale.dim() == 1 else "token"
     out = None
     if q is not None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out = torch.empty(q.shape, dtype=dtype, device=q.device)
     device = k.get_device()
     library.binding.write_kv_cache(
         k.data_ptr(),
@@ -104,11 +109,18 @@ def write_kv_cache(
         library.row_stride(q),
         k.stride(0),
         v.stride(0),
+        splits,
+        split_stride,
         library.CACHE_DTYPE_CODES[k_cache.dtype],
         library.SCALES_CODES[scales],
         settled,
-        library.DTYPE_CODES[k.dtype],
+        library.DTYPE_CODES[dtype],
         device,
         library.stream(device),
     )
     return out
+
+
+def _first(rows: Tensor | PendingSums) -> Tensor:
+    """Rows, or the first part of their sums, which lies where rows would."""
+    return rows.parts[0] if isinstance(rows, PendingSums) else rows

@@ -11,11 +11,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qsun.core import DecodeAttention, ForwardContext, PrefillAttention, PrefillChunk, PrefillPlan
 from qsun.kv_cache.tensors import LayerKV
 from qsun.layers import attention as attention_layer
+from qsun.layers import linear as linear_layer
 from qsun.layers import prefill_attention
 from qsun.layers.attention import Attention
-from qsun.layers.linear import DenseLinear
+from qsun.layers.linear import DenseLinear, QuantLinear
 from qsun.layers.norm import RMSNorm
-from qsun_kernels import RopeParameters, paged_attention_decode, rope_cache, write_kv_cache
+from qsun_kernels import (
+    PendingSums,
+    QuantSpec,
+    RopeParameters,
+    paged_attention_decode,
+    prepare_weight,
+    quantize_rtn,
+    rope_cache,
+    write_kv_cache,
+)
 
 HIDDEN, D = 24, 8
 COS_SIN = rope_cache(RopeParameters(100.0), D, 64)
@@ -104,6 +114,47 @@ def test_chunks_and_steps_equal_attention_written_out(heads, window, norms):
             )
         )
     torch.testing.assert_close(torch.cat(got).double(), written_out(layer, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [None, random(32, seed=3)], ids=["no bias", "bias"])
+@pytest.mark.parametrize("rows", [2, 3])
+def test_sums_that_the_projection_leaves_are_added_by_the_write(monkeypatch, rows, bias) -> None:
+    """The library is asked about these rows and this weight; where it splits, the same comes out."""
+    packed = quantize_rtn(random(32, 32, seed=1), QuantSpec(4, 32, True))
+    weight = prepare_weight(packed, dtype=torch.bfloat16, backend="torch")
+    qkv = QuantLinear(weight, None if bias is None else bias.bfloat16())
+    layer = Attention(
+        qkv, DenseLinear(random(HIDDEN, 16, seed=4).bfloat16()), num_q_heads=2, num_kv_heads=1, head_dim=D
+    )
+    x = random(rows, 32, seed=2).bfloat16()
+    positions = torch.arange(rows)
+    ctx = ForwardContext(positions, positions + 1, PrefillAttention(()))
+    asked = []
+
+    def left(x: torch.Tensor, weight) -> PendingSums:
+        whole = linear_layer.wna16_linear(x, weight).float()
+        half = torch.randn_like(whole).round()
+        return PendingSums(torch.stack((whole - half, half)), torch.bfloat16)
+
+    def written() -> list[torch.Tensor]:
+        kv = LayerKV(*(torch.zeros(2, 1, 4, D).bfloat16() for _ in range(2)))
+        return [layer.write_kv(x, ctx, kv, COS_SIN), kv.k, kv.v]
+
+    expected = written()
+    assert expected[1].any()
+    monkeypatch.setattr(linear_layer, "wna16_linear_pending_sums", left)
+    monkeypatch.setattr(
+        linear_layer, "sums_may_pend", lambda rows, weight: asked.append((rows, weight)) or rows > 2
+    )
+    given = []
+    write = write_kv_cache
+    monkeypatch.setattr(
+        attention_layer, "write_kv_cache", lambda k, *a, **named: given.append(k) or write(k, *a, **named)
+    )
+    for mine, theirs in zip(written(), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2)
+    assert asked == ([] if bias is not None else [(rows, weight)])
+    assert isinstance(given[0], PendingSums) is (rows > 2 and bias is None)
 
 
 def packed_attention(

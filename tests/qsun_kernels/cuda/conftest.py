@@ -30,7 +30,7 @@ import pytest
 import torch
 
 from qsun_kernels.backends import cuda
-from qsun_kernels.backends.cuda import attention, library, linear, pending_norm
+from qsun_kernels.backends.cuda import attention, library, linear, pending_norm, split_products
 
 ROOT = Path(__file__).resolve().parents[3]
 EMULATOR = Path(__file__).resolve().parent / "emulator"
@@ -110,6 +110,7 @@ def emulated_kernels(
     attention._launch_of.cache_clear()
     linear._scratch_bytes.cache_clear()
     pending_norm._may_pend.cache_clear()
+    split_products._splits.cache_clear()
     monkeypatch.setattr(library, "device_props", lambda index: emulated_extension.device_info(device))
     return Kernels(torch.device("cpu"), False)
 

@@ -30,7 +30,7 @@ import torch
 from qsun_kernels.backends import cuda
 from qsun_kernels.backends.cuda import library
 from qsun_kernels.backends.cuda.linear import Norm, launch_panels
-from qsun_kernels.backends.problems import PagedAttentionDecodeProblem, PendingNorm
+from qsun_kernels.backends.problems import PagedAttentionDecodeProblem, PendingNorm, PendingSums
 from qsun_kernels.quant import QuantSpec
 from qsun_kernels.testing import inputs
 from qsun_kernels.testing import judge as judges
@@ -271,6 +271,29 @@ def fused_write() -> Iterator[tuple[str, Comparison]]:
                 )
 
 
+def added_write() -> Iterator[tuple[str, Comparison]]:
+    """Sums of a product that the write adds: few and many parts, by vectors and by elements."""
+    for dtype in DTYPES[1:]:
+        for head_dim, splits in ((12, 3), (128, 2), (128, 9)):
+            source = inputs.generator(head_dim)
+            call = kv_write(
+                source, 7, dtype=dtype, kv=dtype, heads=(5, 3), head_dim=head_dim, steps=("rope",)
+            )
+            parts = inputs.normal(source, (splits, 7, 11, head_dim), torch.float32)
+            sums = [PendingSums(part, dtype) for part in parts.split((5, 3, 3), dim=2)]
+            q, k, v = (one.added() for one in sums)
+            # Views of one product on the device, as it leaves them
+            there = [PendingSums(part, dtype) for part in parts.to(DEVICE).split((5, 3, 3), dim=2)]
+            caches = [one.to(DEVICE) for one in (call.before.k_cache, call.before.v_cache)]
+            indices = [one.to(DEVICE) for one in (call.slot_mapping, call.positions, call.cos_sin)]
+            out = cuda.IMPLEMENTATIONS["write_kv_cache"].run(
+                *(there[1], there[2], *caches, indices[0], there[0], *indices[1:], None, None, 1e-6)
+            )
+            got = Written(out.cpu(), *(one.cpu() for one in caches), None, None)
+            whole = dataclasses.replace(call, q=q, k=k, v=v)
+            yield f"write_kv_cache of {splits} parts {dtype} D={head_dim}", judge_kv_write(got, whole)
+
+
 def written(call: KvWrite) -> Written:
     """The call on copies of its tensors on the GPU; what it left, on the CPU."""
     before = call.before
@@ -314,7 +337,7 @@ def sampling() -> Iterator[tuple[str, Comparison]]:
 
 FAMILIES = (
     *(linear, tiles_sm80, block_ends, pending_norms, attention, shared_attention, coded_attention),
-    *(cache, fused_write, fused, sampling),
+    *(cache, fused_write, added_write, fused, sampling),
 )
 
 

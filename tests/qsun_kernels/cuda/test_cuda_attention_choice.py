@@ -112,6 +112,40 @@ def test_who_shares_prefixes(extension, h100, change, shares) -> None:
     assert (config is not None and config.prefix_parts > 0) == shares
 
 
+@pytest.mark.parametrize(
+    ("batch", "change", "expected"),
+    [
+        (1, {}, (2, 3, -1)),
+        (11, {}, (2, 3, -1)),  # 88 items for 132 multiprocessors
+        (12, {}, (1, 4, 3)),
+        (16, {}, (1, 4, 3)),
+        (17, {}, (2, 3, -1)),  # 136: two for some multiprocessors
+        (28, {}, (2, 3, -1)),
+        (29, {}, (2, 3, 3)),  # 232 of 264
+        (64, {}, (2, 3, 3)),  # more than there are parts: never whole
+        (16, {"head_dim": 64}, (2, 4, -1)),  # the whole ring fits twice
+        (29, {"head_dim": 64}, (2, 4, 6)),
+        (16, {"head_dim": 256}, (1, 3, 1)),
+        (16, {"q_len": 4}, (1, 4, 3)),
+        (16, {"q_len": 5}, (2, 3, -1)),  # 20 query rows
+        (1, {"kv_dtype": INT8, "kv_scales": TOKEN}, (2, 3, 6)),
+        (16, {"kv_dtype": FP8, "kv_scales": TENSOR}, (2, 3, 6)),
+        (17, {"kv_dtype": FP8, "kv_scales": TENSOR}, (2, 3, -1)),
+        (16, {"kv_dtype": INT4, "kv_scales": TOKEN}, (4, 3, 12)),
+    ],
+)
+def test_where_requests_stay_whole(extension, h100, batch, change, expected) -> None:
+    """Where each multiprocessor has one item, or about as many as all others."""
+    sizes = {
+        "batch": batch, "q_len": 1, "num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128, "block_size": 16,
+        "max_blocks": 4, "window": -1, "dtype": BFLOAT, "kv_dtype": BFLOAT, "kv_scales": NONE,
+        "props": h100, **change,
+    }  # fmt: skip
+    config = extension.choose_paged_attention_decode(**sizes)
+    assert (config.blocks_per_sm, config.stages, config.whole_slack) == expected, repr(config)
+    assert config.parts == config.blocks_per_sm * h100.sm_count
+
+
 def test_a_ring_fits_an_older_gpu(extension, a100) -> None:
     for head_dim, expected in ((64, (4, 2)), (96, (3, 2)), (128, (4, 1)), (256, (2, 1))):
         config = extension.choose_paged_attention_decode(
@@ -272,6 +306,12 @@ CONFIG = {"warps": 4, "stages": 3, "blocks_per_sm": 1, "parts": 5, "min_part_uni
             {"min_part_units": 2**30 + 1},
             {},
             "config.min_part_units is 1073741825; expected at most 1073741824",
+        ),
+        ({"whole_slack": -2}, {}, "config.whole_slack is -2; expected at least -1"),
+        (
+            {"whole_slack": 2**30 + 1},
+            {},
+            "config.whole_slack is 1073741825; expected at most 1073741824",
         ),
         ({}, {"head_dim": 80}, "config is given; expected sizes that the planned kernel takes"),
         ({}, {"plan_bytes": 223}, "plan_bytes is 223; expected at least 224"),

@@ -50,9 +50,75 @@ def test_a_plan_cuts_the_line_of_units(kernels, batch, parts) -> None:
         items = [[max(length - reach, 0), max(length, 0), i, 0] for i, length in enumerate(lengths.tolist())]
         for part in range(used):
             at = owner[part * share]
-            assert words[4 + 8 * part : 12 + 8 * part] == [*at, start[at], 0, *items[at[0]]]
+            end = min((part + 1) * share, len(owner))
+            assert words[4 + 8 * part : 12 + 8 * part] == [*at, start[at], end, *items[at[0]]]
         rest = words[4 + 8 * parts :]
         assert rest == [*(word for item in items for word in item), *([0] * (batch * num_kv_heads))]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "parts", "slack", "longest"),
+    [
+        ((1024,) * 8, 132, 2, 17),  # 17 units, an equal share of 9: 20 are allowed
+        ((1024,) * 4, 132, 6, None),  # an equal share of 5: 16
+        ((1024,) * 4, 132, 7, 17),
+        ((1024,) * 8, 132, -1, None),
+        ((1024,) * 17, 132, 100, None),  # 136 items
+        ((1024,) * 16, 128, 0, 17),
+        ((0, 1, 64, 65, 640, 700, 0, 800), 64, 3, 14),
+        ((0, 0, 0), 24, 0, 1),
+        ((4096, *(64,) * 15), 132, 20, None),
+    ],
+)
+def test_a_plan_keeps_requests_whole(kernels, lengths, parts, slack, longest) -> None:
+    """An item a part, as far apart as the longest takes, where that is not much more than an equal share."""
+    problem = PagedAttentionDecodeProblem(
+        32, 8, 128, 16, None, torch.bfloat16, torch.bfloat16, kernels.device
+    )
+    with inputs.poisoned_outputs():
+        (plan,) = attention.plan_paged_attention(
+            *(problem, torch.tensor(lengths, dtype=torch.int32, device=kernels.device), 1, None),
+            config=config(parts, whole_slack=slack),
+        )
+    words, units = plan.tolist(), [units_of(length, 2**31) for length in lengths]
+    total, share, used, items = words[:4]
+    assert items == len(lengths)
+    if longest is None:
+        assert (total, share) == (8 * sum(units), -(-8 * sum(units) // parts))
+        return
+    assert (total, share, used) == (8 * items * longest, longest, 8 * items) and longest == max(units)
+    for part in range(used):
+        item, start = part % items, part * longest
+        expected = [item, part // items, start, start + units[item], 0, lengths[item], item, 0]
+        assert words[4 + 8 * part : 12 + 8 * part] == expected
+
+
+@pytest.mark.parametrize(("group", "q_len", "head_dim"), [(4, 1, 128), (7, 1, 64), (8, 4, 96)])
+def test_requests_that_are_whole(kernels, group, q_len, head_dim) -> None:
+    """Empty ones, short and long ones; nobody leaves anything in scratch, and nobody waits to be merged."""
+    a = inputs.paged_attention_inputs(
+        inputs.generator(group),
+        kernels.pick((1000, 3, 0, 1290, 64, 640, 1281), (300, 3, 0, 129, 64, 192, 200)),
+        num_q_heads=2 * group,
+        num_kv_heads=2,
+        head_dim=head_dim,
+        block_size=16,
+        dtype=torch.bfloat16,
+        device=kernels.device,
+        q_len=q_len,
+        sinks=True,
+    )
+    results = []
+    for slack, stages in ((30, 2), (30, 4), (-1, 2)):
+        told = config(14, stages=stages_that_fit(stages, head_dim), whole_slack=slack)
+        plan = plan_of(a, told)
+        longest = max(units_of(length, 2**31) for length in a.seq_lens.tolist())
+        assert (int(plan[0][1]) == longest) == (slack > 0)
+        results.append(attend(a, plan, told))
+        judge_paged_attention_decode(results[-1], a).require()
+        again = attend(a, plan, told)
+        assert torch.equal(results[-1][0], again[0]) and torch.equal(results[-1][1], again[1])
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
 
 
 def test_short_requests_are_not_cut(kernels) -> None:

@@ -384,6 +384,7 @@ def sharing_config(a):
         blocks_per_sm=chosen.blocks_per_sm,
         parts=chosen.parts,
         min_part_units=chosen.min_part_units,
+        whole_slack=chosen.whole_slack,
         prefix_parts=chosen.prefix_parts,
         min_prefix_tiles=1,
         min_saved_tiles=0,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -140,6 +142,24 @@ def test_whether_leaving_a_norm_pays_is_asked_of_the_library(extension, h100, mo
     assert asked == [(8, 128, columns, 4, 4, True, 2), (8, 64, 128, 8, 2, False, 2)]
     asked.clear()
     assert not pending_norm.pays(17, ordered, ordered) and len(asked) == 1
+
+
+def test_products_that_are_split(extension, h100, a100) -> None:
+    """Those of many tokens whose sums go through memory: not where a cluster adds them."""
+    found = set()
+    for props in (h100, a100):
+        for M in (0, 1, 8, 16, 17, 32, 64, 128, 256):
+            for N, K in LLAMA:
+                sizes = (M, N, K, 4, 1, False)
+                splits = extension.wna16_panels_splits(*sizes, props)
+                text = extension.describe_wna16_panels(*sizes, False, props)
+                split = re.search(r"split_k=(\d+)", text)
+                added_elsewhere = split is not None and "adds_in_cluster=yes" not in text and M > 0
+                assert splits == (int(split.group(1)) if added_elsewhere else 1), text
+                bytes_needed = extension.wna16_panels_scratch_bytes(*sizes, False, props)
+                assert bytes_needed == (splits * M * -(-N // 64) * 64 * 4 if splits > 1 else 0)
+                found.add(splits)
+    assert {1, 2, 4} <= found
 
 
 def test_choose_rms_norm(extension, h100, a100) -> None:
