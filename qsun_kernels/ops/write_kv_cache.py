@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any, TypeAlias, cast, overload
+from typing import TypeAlias, cast, overload
 
 import torch
 from torch import Tensor
 
-from qsun_kernels.backends.dispatch import launcher, requested_backend, select
+from qsun_kernels.backends.dispatch import Choice, launcher, requested_backend, select
 from qsun_kernels.backends.problems import (
     BackendName,
     PendingSums,
@@ -128,7 +127,7 @@ def write_kv_cache(
     steps = (positions, cos_sin, q_norm, k_norm, eps, rotate, k_scale, v_scale)
     if isinstance(k, PendingSums) or isinstance(v, PendingSums) or isinstance(q, PendingSums):
         return _write_sums(k, v, k_cache, v_cache, slot_mapping, q, steps, settled, backend)
-    _check(k, v, k_cache, v_cache, slot_mapping, q, k.dtype, *steps)
+    _check(k, v, k_cache, v_cache, slot_mapping, q, *steps)
     tensors = (k, v, k_cache, v_cache, slot_mapping, q, positions, cos_sin, q_norm, k_norm, k_scale, v_scale)
     if not is_traced(*tensors):
         return _launch(k, v, k_cache, v_cache, slot_mapping, q, *steps, settled, backend)
@@ -154,7 +153,6 @@ def _check(
     v_cache: Tensor,
     slot_mapping: Tensor,
     q: Tensor | None,
-    dtype: torch.dtype,
     positions: Tensor | None,
     cos_sin: Tensor | None,
     q_norm: Tensor | None,
@@ -163,8 +161,9 @@ def _check(
     rotate: bool,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """dtype: of the rows; k, v and q are these, or a part of their sums."""
+    """dtype: of rows of which k, v and q are a part of the sums; None where they are the rows."""
     checks.floating("k", k)
     checks.heads("k", k, "(T, Hkv, D)")
     checks.beside("v", v, k.dtype, k.device, "like k")
@@ -185,7 +184,7 @@ def _check(
         checks.beside("q", q, k.dtype, k.device, "like k")
         checks.heads("q", q, "(T, Hq, D)")
         checks.shape("q", q, (T, q.shape[1], D), "(T, Hq, D)")
-    _check_norms(k, q, dtype, q_norm, k_norm, eps)
+    _check_norms(k, q, dtype or k.dtype, q_norm, k_norm, eps)
     if (positions is None) != (cos_sin is None):
         name, other = ("positions", "cos_sin") if positions is None else ("cos_sin", "positions")
         raise ValueError(f"{name} is None, expected it beside {other}, or neither")
@@ -263,7 +262,7 @@ def _write_sums(
             )
         firsts[name] = rows.parts[0]
     assert isinstance(k, PendingSums)
-    _check(firsts["k"], firsts["v"], k_cache, v_cache, slot_mapping, firsts.get("q"), k.dtype, *steps)
+    _check(firsts["k"], firsts["v"], k_cache, v_cache, slot_mapping, firsts.get("q"), *steps, k.dtype)
     positions, cos_sin, q_norm, k_norm, _, _, k_scale, v_scale = steps
     around = (k_cache, v_cache, slot_mapping, positions, cos_sin, q_norm, k_norm, k_scale, v_scale)
     if is_traced(*firsts.values(), *around):
@@ -306,18 +305,17 @@ def _launch(
         positions is not None,
         rotate,
     )
+    requested = requested_backend(backend)
     rows: tuple[Tensor | PendingSums | None, ...] = (k, v, q)
-    if isinstance(k, PendingSums) and not _adds_sums(requested_backend(backend), *sizes):
+    if isinstance(k, PendingSums) and not _adds_sums(select(WriteKvCacheProblem(*sizes), requested)):
         rows = tuple(one.added() if isinstance(one, PendingSums) else one for one in rows)
-    run = launcher(requested_backend(backend), WriteKvCacheProblem, *sizes)
+    run = launcher(requested, WriteKvCacheProblem, *sizes)
     steps = (positions, cos_sin, q_norm, k_norm, eps, rotate, k_scale, v_scale)
     return cast("Tensor | None", run(*rows[:2], k_cache, v_cache, slot_mapping, rows[2], *steps, settled))
 
 
-@lru_cache(maxsize=4096)
-def _adds_sums(requested: BackendName | None, *sizes: Any) -> bool:
-    """Whether the backend that is chosen for the problem of these sizes takes sums."""
-    implementation = select(WriteKvCacheProblem(*sizes), requested).implementation
+def _adds_sums(choice: Choice) -> bool:
+    implementation = choice.implementation
     return isinstance(implementation, WriteImplementation) and implementation.adds_sums
 
 
