@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from qsun_kernels.backends.dispatch import requested_backend, select
+from qsun_kernels.backends.dispatch import load_backend, requested_backend, select
 from qsun_kernels.backends.problems import (
     BACKENDS,
     BackendName,
@@ -17,17 +18,32 @@ from qsun_kernels.backends.problems import (
     PreparedWeight,
     Problem,
 )
+from qsun_kernels.errors import BackendUnavailable
 from qsun_kernels.ops import checks
 from qsun_kernels.ops.dequantize import decode_spec
 from qsun_kernels.ops.library import refuse_gradient
 from qsun_kernels.quant import PackedWeight
 
-__all__ = ["check_prepared", "prepare", "rebuilt"]
+__all__ = ["check_prepared", "linear_implementation", "prepare", "rebuilt"]
 
 _MAKERS: Mapping[LinearOperator, str] = {
     "wna16_linear": "prepare_weight",
     "wna16_gate_up_silu": "prepare_gate_up",
 }
+
+
+@lru_cache(maxsize=8)
+def linear_implementation(backend: BackendName) -> LinearImplementation | None:
+    """`wna16_linear` of a backend, for what it leaves to the operators behind.
+
+    Raises BackendUnavailable with the reason why the backend cannot run here.
+    """
+    module = load_backend(backend)
+    reason = module.unavailable()
+    if reason is not None:
+        raise BackendUnavailable("wna16_linear", backend, reason)
+    implementation = module.IMPLEMENTATIONS["wna16_linear"]
+    return implementation if isinstance(implementation, LinearImplementation) else None
 
 
 def prepare(

@@ -5,18 +5,15 @@ Eager calls alone: nothing here is registered with torch.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from qsun_kernels.backends.dispatch import load_backend
 from qsun_kernels.backends.problems import (
     MAX_PENDING_ROWS,
     SQUARED_COLUMNS,
     BackendName,
-    LinearImplementation,
     PendingNorm,
     PendingNorms,
     PreparedWeight,
@@ -24,7 +21,7 @@ from qsun_kernels.backends.problems import (
 from qsun_kernels.errors import BackendUnavailable
 from qsun_kernels.ops import checks
 from qsun_kernels.ops.library import is_traced, refuse_gradient
-from qsun_kernels.ops.prepared import check_prepared
+from qsun_kernels.ops.prepared import check_prepared, linear_implementation
 
 __all__ = ["norm_may_pend", "take", "wna16_linear_pending_norm"]
 
@@ -140,11 +137,6 @@ def _refuse_tracing(operator: str) -> NoReturn:
     raise RuntimeError(f"{operator} was called in traced code, where a norm cannot be pending; norm the rows")
 
 
-@lru_cache(maxsize=8)
 def _pending_norms(backend: BackendName) -> PendingNorms | None:
-    module = load_backend(backend)
-    reason = module.unavailable()
-    if reason is not None:
-        raise BackendUnavailable("wna16_linear", backend, reason)
-    implementation = module.IMPLEMENTATIONS["wna16_linear"]
-    return implementation.pending if isinstance(implementation, LinearImplementation) else None
+    implementation = linear_implementation(backend)
+    return None if implementation is None else implementation.pending

@@ -5,14 +5,10 @@ Eager calls alone: nothing here is registered with torch.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from torch import Tensor
 
-from qsun_kernels.backends.dispatch import load_backend
 from qsun_kernels.backends.problems import (
     BackendName,
-    LinearImplementation,
     PendingSums,
     PreparedWeight,
     SplitProducts,
@@ -20,7 +16,7 @@ from qsun_kernels.backends.problems import (
 from qsun_kernels.errors import BackendUnavailable
 from qsun_kernels.ops import checks
 from qsun_kernels.ops.library import is_traced, refuse_gradient
-from qsun_kernels.ops.prepared import check_prepared
+from qsun_kernels.ops.prepared import check_prepared, linear_implementation
 
 __all__ = ["sums_may_pend", "wna16_linear_pending_sums"]
 
@@ -64,11 +60,6 @@ def sums_may_pend(rows: int, weight: PreparedWeight) -> bool:
     return split is not None and split.splits(rows, weight) > 1
 
 
-@lru_cache(maxsize=8)
 def _split_products(backend: BackendName) -> SplitProducts | None:
-    module = load_backend(backend)
-    reason = module.unavailable()
-    if reason is not None:
-        raise BackendUnavailable("wna16_linear", backend, reason)
-    implementation = module.IMPLEMENTATIONS["wna16_linear"]
-    return implementation.split if isinstance(implementation, LinearImplementation) else None
+    implementation = linear_implementation(backend)
+    return None if implementation is None else implementation.split
