@@ -14,10 +14,10 @@
 //   that,
 //            and bfloat16 elements below 2^-38 of it are lost. The power comes back with the scale of scores.
 //   weights  exp2(score - reference) * (scale of the value): a number far from 1 where scales are. So the
-//            reference is the running maximum of score + log2(scale), which makes it at most 1, about. The
-//            sum of exp2(score - reference) without the scale is float32; as it and the result belong to the
-//            same reference, whatever merges them later need not know. What falls below 2^-24 is next to
-//            nothing beside the token that set the maximum.
+//            reference is the running maximum of score + log2(scale) without the lift of float16 weights
+//            (rows.cuh), which makes it at most 2^15, about. The sum of exp2(score - reference) without the
+//            scale is float32; as it and the result belong to the same reference, whatever merges them later
+//            need not know.
 #pragma once
 
 #include "attention/codes_copies.cuh"
@@ -26,11 +26,6 @@
 
 namespace qsun {
 namespace {
-
-// Weights are lifted by a power of two until the largest is near the end of float16: a small one then keeps
-// its digits, for elements of which the large ones have nothing.
-constexpr float kLift = 15.0f;
-constexpr float kUnlift = 1.0f / (1 << 15);
 
 // Below, a scale no longer moves the reference: exponentials stay within float32 where values are zero.
 constexpr float kLeastLogScale = kLift - 100.0f;

@@ -1,6 +1,8 @@
 // 16 query rows of a warp, and what they make of 16 positions, or of several times as many.
 #pragma once
 
+#include <type_traits>
+
 #include "attention/walk.cuh"
 #include "device/dtype.cuh"
 #include "device/mma.cuh"
@@ -91,6 +93,14 @@ __device__ __forceinline__ bool is_masked(const TilesArguments& a, const Share& 
          token < share.length - a.window;
 }
 
+// Weights of float16 are lifted by a power of two until the largest is near the end of its range: a small one
+// then keeps its digits, for elements of which the large ones have nothing. bfloat16 has the range of
+// float32.
+constexpr float kLift = 15.0f;
+constexpr float kUnlift = 1.0f / (1 << 15);
+template <typename T>
+constexpr bool kIsLifted = std::is_same_v<T, __half>;
+
 // tanh from one exponential. Its absolute error is that of a float near 1: what a score needs.
 __device__ __forceinline__ float tanh_of(float x) {
   return 1.0f - __fdividef(2.0f, 1.0f + exp2f(x * (2.0f * kLog2E)));
@@ -152,7 +162,7 @@ __device__ __forceinline__ void attend(QueryRows<kHeadDim>& rows, const TilesArg
     maximum = fmaxf(maximum, __shfl_xor_sync(kAllLanes, maximum, 1));
     maximum = fmaxf(maximum, __shfl_xor_sync(kAllLanes, maximum, 2));
     maximum = fmaxf(maximum, rows.maximum[half]);
-    const float reference = reference_of(maximum);
+    const float reference = reference_of(maximum), lifted = reference - (kIsLifted<T> ? kLift : 0.0f);
     decay[half] = exp2f(rows.maximum[half] - reference);
     rows.maximum[half] = maximum;
     rows.sum[half] *= decay[half];
@@ -160,7 +170,7 @@ __device__ __forceinline__ void attend(QueryRows<kHeadDim>& rows, const TilesArg
     for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
       for (int i = c; i < c + 2; ++i) {
-        scores[n][i] = exp2f(scores[n][i] - reference);
+        scores[n][i] = exp2f(scores[n][i] - lifted);
         rows.sum[half] += scores[n][i];
       }
     }
@@ -188,13 +198,22 @@ __device__ __forceinline__ void attend(QueryRows<kHeadDim>& rows, const TilesArg
   }
 }
 
-// Puts the sums of a row together, which lie in four lanes.
-template <int kHeadDim>
+// Puts the sums of a row together, which lie in four lanes, and takes the lift off them and the result.
+template <typename T, int kHeadDim>
 __device__ __forceinline__ void end_rows(QueryRows<kHeadDim>& rows) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     rows.sum[half] += __shfl_xor_sync(kAllLanes, rows.sum[half], 1);
     rows.sum[half] += __shfl_xor_sync(kAllLanes, rows.sum[half], 2);
+  }
+  if constexpr (kIsLifted<T>) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) rows.sum[half] *= kUnlift;
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 8; ++i) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) rows.out[i][c] *= kUnlift;
+    }
   }
 }
 

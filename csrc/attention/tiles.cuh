@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
         if (quarter + warp < share.end) attend_to(quarter + warp, stage + warp * kQuarter);
       }
     }
-    end_rows(rows);
+    end_rows<T>(rows);
 
     // Store
     if constexpr (kIsPrefixes) {

@@ -417,10 +417,10 @@ class SplitProducts:
 class WriteImplementation(Implementation):
     """`write_kv_cache` of one backend.
 
-    adds_sums: whether `run` takes q, k and v as `PendingSums`; else they are added up before.
+    run_sums: what `run` does, of k, v and q as `PendingSums`; None where they are to be added up before.
     """
 
-    adds_sums: bool = False
+    run_sums: Callable[..., Any] | None = None
 
 
 _ORDERED = ".ordered"

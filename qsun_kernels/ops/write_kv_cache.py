@@ -7,7 +7,7 @@ from typing import TypeAlias, cast, overload
 import torch
 from torch import Tensor
 
-from qsun_kernels.backends.dispatch import Choice, launcher, requested_backend, select
+from qsun_kernels.backends.dispatch import launcher, requested_backend, select
 from qsun_kernels.backends.problems import (
     BackendName,
     PendingSums,
@@ -306,17 +306,16 @@ def _launch(
         rotate,
     )
     requested = requested_backend(backend)
-    rows: tuple[Tensor | PendingSums | None, ...] = (k, v, q)
-    if isinstance(k, PendingSums) and not _adds_sums(select(WriteKvCacheProblem(*sizes), requested)):
-        rows = tuple(one.added() if isinstance(one, PendingSums) else one for one in rows)
     run = launcher(requested, WriteKvCacheProblem, *sizes)
+    rows: tuple[Tensor | PendingSums | None, ...] = (k, v, q)
+    if isinstance(k, PendingSums):
+        chosen = select(WriteKvCacheProblem(*sizes), requested).implementation
+        if isinstance(chosen, WriteImplementation) and chosen.run_sums is not None:
+            run = chosen.run_sums
+        else:
+            rows = tuple(one.added() if isinstance(one, PendingSums) else one for one in rows)
     steps = (positions, cos_sin, q_norm, k_norm, eps, rotate, k_scale, v_scale)
     return cast("Tensor | None", run(*rows[:2], k_cache, v_cache, slot_mapping, rows[2], *steps, settled))
-
-
-def _adds_sums(choice: Choice) -> bool:
-    implementation = choice.implementation
-    return isinstance(implementation, WriteImplementation) and implementation.adds_sums
 
 
 def _run(

@@ -67,7 +67,10 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
             attention.plan_paged_attention,
         ),
         "write_kv_cache": WriteImplementation(
-            write_kv_cache.supports, write_kv_cache.write_kv_cache, write_kv_cache.describe, adds_sums=True
+            write_kv_cache.supports,
+            write_kv_cache.write_kv_cache,
+            write_kv_cache.describe,
+            write_kv_cache.write_sums,
         ),
         "rms_norm": Implementation(fused.supports_rms_norm, fused.rms_norm, fused.describe_rms_norm),
         "silu_and_mul": Implementation(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -54,12 +56,12 @@ def _copies(problem: WriteKvCacheProblem) -> bool:
 
 
 def write_kv_cache(
-    k: Tensor | PendingSums,
-    v: Tensor | PendingSums,
+    k: Tensor,
+    v: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     slot_mapping: Tensor,
-    q: Tensor | PendingSums | None = None,
+    q: Tensor | None = None,
     positions: Tensor | None = None,
     cos_sin: Tensor | None = None,
     q_norm: Tensor | None = None,
@@ -70,11 +72,48 @@ def write_kv_cache(
     v_scale: Tensor | None = None,
     settled: bool = False,
 ) -> Tensor | None:
-    dtype, splits, split_stride = k.dtype, 0, 0
-    if isinstance(k, PendingSums):
-        splits, split_stride = k.parts.shape[0], k.parts.stride(0)
-    k, v = _first(k), _first(v)
-    q = None if q is None else _first(q)
+    steps = (positions, cos_sin, q_norm, k_norm, eps, rotate, k_scale, v_scale)
+    return _launch(k, v, k_cache, v_cache, slot_mapping, q, *steps, settled, dtype=k.dtype)
+
+
+def write_sums(
+    k: PendingSums,
+    v: PendingSums,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    q: PendingSums | None,
+    *steps_and_settled: Any,
+) -> Tensor | None:
+    """The same of rows that a product left as sums, all of them of one product."""
+    splits, distance = k.parts.shape[0], k.parts.stride(0)
+    first_q = None if q is None else q.parts[0]  # which lies where rows would
+    rows = (k.parts[0], v.parts[0], k_cache, v_cache, slot_mapping, first_q)
+    return _launch(*rows, *steps_and_settled, dtype=k.dtype, splits=splits, split_stride=distance)
+
+
+def _launch(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    q: Tensor | None,
+    positions: Tensor | None,
+    cos_sin: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    rotate: bool,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    settled: bool,
+    *,
+    dtype: torch.dtype,
+    splits: int = 0,
+    split_stride: int = 0,
+) -> Tensor | None:
+    """k, v and q are rows of `dtype`, or with splits the first of so many float32 parts."""
     num_tokens, num_kv_heads, head_dim = k.shape
     scales: KvScales = "none"
     if k_scale is not None:
@@ -119,8 +158,3 @@ def write_kv_cache(
         library.stream(device),
     )
     return out
-
-
-def _first(rows: Tensor | PendingSums) -> Tensor:
-    """Rows, or the first part of their sums, which lies where rows would."""
-    return rows.parts[0] if isinstance(rows, PendingSums) else rows

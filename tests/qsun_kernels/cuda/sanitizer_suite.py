@@ -30,6 +30,7 @@ import torch
 from qsun_kernels.backends import cuda
 from qsun_kernels.backends.cuda import library
 from qsun_kernels.backends.cuda.linear import Norm, launch_panels
+from qsun_kernels.backends.cuda.write_kv_cache import write_sums
 from qsun_kernels.backends.problems import PagedAttentionDecodeProblem, PendingNorm, PendingSums
 from qsun_kernels.quant import QuantSpec
 from qsun_kernels.testing import inputs
@@ -286,8 +287,9 @@ def added_write() -> Iterator[tuple[str, Comparison]]:
             there = [PendingSums(part, dtype) for part in parts.to(DEVICE).split((5, 3, 3), dim=2)]
             caches = [one.to(DEVICE) for one in (call.before.k_cache, call.before.v_cache)]
             indices = [one.to(DEVICE) for one in (call.slot_mapping, call.positions, call.cos_sin)]
-            out = cuda.IMPLEMENTATIONS["write_kv_cache"].run(
-                *(there[1], there[2], *caches, indices[0], there[0], *indices[1:], None, None, 1e-6)
+            out = write_sums(
+                *(there[1], there[2], *caches, indices[0], there[0], *indices[1:], None, None),
+                *(1e-6, False, None, None, False),
             )
             got = Written(out.cpu(), *(one.cpu() for one in caches), None, None)
             whole = dataclasses.replace(call, q=q, k=k, v=v)

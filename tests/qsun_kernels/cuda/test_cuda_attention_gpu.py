@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -244,6 +247,43 @@ def test_views_at_odd_places(kernels) -> None:
     got, _ = kernels.run("paged_attention_decode", q, *caches, problem.softmax_scale, None, None, None, out)
     assert got is out and torch.equal(out, expected)
     assert memory[0] == 7 and memory[-1] == 7
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", (64, 128))
+def test_small_weights_count_where_the_large_one_meets_zero(kernels, dtype, head_dim) -> None:
+    """One position has nearly all the weight and zeros in half of its elements: there the others decide.
+
+    Each of them weighs less than half of the smallest float16, all together not.
+    """
+    a = inputs.paged_attention_inputs(
+        inputs.generator(3),
+        (40, 300),
+        num_q_heads=2,
+        num_kv_heads=1,
+        head_dim=head_dim,
+        block_size=16,
+        dtype=dtype,
+        device=kernels.device,
+    )
+    for request in range(2):
+        block, slot = int(a.block_table[request, 1]), 5
+        a.k_cache[a.block_table[request]] = 0
+        a.k_cache[block, 0, slot] = 1
+        a.v_cache[block, 0, slot, ::2] = 0
+    a.q.fill_(1)
+    a.v_cache.abs_()
+    a = replace(a, softmax_scale=17.5 / head_dim)
+    out, lse = attend(kernels, a)
+    for request, length in enumerate((40, 300)):
+        positions = torch.arange(length, device=kernels.device)
+        rows = a.v_cache[a.block_table[request, positions // 16].long(), 0, positions % 16]
+        weight = math.exp(-17.5) / (1 + (length - 1) * math.exp(-17.5))
+        expected = weight * rows[:, ::2].double().sum(0)
+        torch.testing.assert_close(
+            out[request, :, ::2].double(), expected.expand(2, -1), rtol=1e-2, atol=2.0**-25
+        )
+    judge_paged_attention_decode((out, lse), a).require()
 
 
 @pytest.mark.parametrize("std", (30.0, 1000.0, 1e4))

@@ -114,8 +114,8 @@ CALLS = {
     "write_kv_cache": call(
         "k v q q_out k_cache v_cache k_scale v_scale slot_mapping positions cos_sin q_norm k_norm",
         num_tokens=2, num_q_heads=4, num_kv_heads=2, head_dim=64, num_blocks=3, block_size=16,
-        max_positions=100, q_stride=256, k_stride=128, v_stride=128, eps=1e-6, rotate=True, kv_dtype=4,
-        kv_scales=2, settled=False,
+        max_positions=100, q_stride=256, k_stride=128, v_stride=128, splits=0, split_stride=0, eps=1e-6,
+        rotate=True, kv_dtype=4, kv_scales=2, settled=False,
     ),
     "wna16_linear": call(
         "x qweight scales out", qzeros=0, g_idx=0, bias=0, residual=0, M=2, N=32, K=64, x_stride=64,
@@ -125,7 +125,8 @@ CALLS = {
         "x panels out", config=None, bias=0, residual=0, norm_weight=0, norm_out=0, squares=0, x_squares=0,
         norm_eps=0.0, x_eps=0.0, scratch=0, scratch_bytes=0, M=2, N=32,
         K=64, column_blocks=1, x_stride=64, residual_stride=0, out_stride=32, bits=4, groups_per_block=1,
-        has_zeros=False, gate_up=False, batch_invariant=False, prefetch_weights=True,
+        has_zeros=False, gate_up=False, batch_invariant=False, leaves_sums=False,
+        prefetch_weights=True,
     ),
     "gather_columns": call("x perm out", M=2, K=64, columns=128, x_stride=64, prefetch_perm=True),
     "dequantize": call(
@@ -165,6 +166,15 @@ REFUSED = [
     ("wna16_panels", {"bias": ADDRESS, "gate_up": True}, "bias is given; expected null with gate_up"),
     ("wna16_panels", {"residual": ADDRESS, "gate_up": True}, "residual is given; expected null with gate_up"),
     ("wna16_panels", {"x": 0}, "x is null"),
+    *(
+        (
+            "wna16_panels",
+            {"leaves_sums": True, **behind},
+            "leaves_sums is yes with gate_up, bias, residual or a norm; "
+            "expected no where something follows the sums",
+        )
+        for behind in ({"gate_up": True}, {"bias": ADDRESS}, {"residual": ADDRESS}, LEFT, TAKEN)
+    ),
     ("wna16_panels", {"panels": 0}, "panels is null"),
     ("wna16_panels", {"panels": 4104}, "panels is misaligned; expected an address divisible by 16"),
     ("wna16_panels", {"out": 0}, "out is null"),
@@ -218,6 +228,12 @@ REFUSED = [
     ("apply_rope", {"num_tokens": -1}, "num_tokens is -1; expected at least 0"),
     ("apply_rope", {"max_positions": 0}, "max_positions is 0; expected at least 1"),
     ("apply_rope", {"num_kv_heads": 0}, "num_kv_heads is 0; expected at least 1"),
+    ("write_kv_cache", {"splits": -1}, "splits is -1; expected at least 0"),
+    (
+        "write_kv_cache",
+        {"splits": 2, "dtype": 0},
+        "dtype is float32; expected float16 or bfloat16 where sums are to be added",
+    ),
     ("write_kv_cache", {"slot_mapping": 0}, "slot_mapping is null"),
     ("write_kv_cache", {"block_size": 0}, "block_size is 0; expected at least 1"),
     ("write_kv_cache", {"num_blocks": -1}, "num_blocks is -1; expected at least 0"),
