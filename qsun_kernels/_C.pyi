@@ -224,9 +224,17 @@ def choose_wna16_stream(
     has_zeros: bool,
     batch_invariant: bool,
     props: DeviceProps,
+    in_layer: bool = False,
 ) -> StreamConfig: ...
 def choose_wna16_gemm(
-    M: int, N: int, K: int, bits: int, groups_per_block: int, has_zeros: bool, props: DeviceProps
+    M: int,
+    N: int,
+    K: int,
+    bits: int,
+    groups_per_block: int,
+    has_zeros: bool,
+    props: DeviceProps,
+    in_layer: bool = False,
 ) -> GemmConfig: ...
 def uses_wna16_tiles(
     M: int,
@@ -293,6 +301,7 @@ def wna16_panels_scratch_bytes(
     has_zeros: bool,
     batch_invariant: bool,
     props: DeviceProps,
+    in_layer: bool = False,
 ) -> int: ...
 def describe_wna16_panels(
     M: int,
@@ -303,6 +312,7 @@ def describe_wna16_panels(
     has_zeros: bool,
     batch_invariant: bool,
     props: DeviceProps,
+    in_layer: bool = False,
 ) -> str: ...
 def wna16_panels(
     config: StreamConfig | GemmConfig | TilesConfig | None,
@@ -330,6 +340,7 @@ def wna16_panels(
     groups_per_block: int,
     has_zeros: bool,
     gate_up: bool,
+    in_layer: bool,
     batch_invariant: bool,
     leaves_sums: bool,
     prefetch_weights: bool,

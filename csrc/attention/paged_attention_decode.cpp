@@ -266,6 +266,8 @@ PagedAttentionDecodeConfig choose(const PagedAttentionDecodeParams& p, const Dev
     const CodesShape shape = codes_shape(p);
     c.warps = shape.warps;
     c.blocks_per_sm = std::clamp(blocks_with(kMinStages + 1), 1, shape.blocks_per_sm);
+    // Few warps would not keep up with what memory brings of the shortest rows.
+    has_one_each = has_one_each && c.blocks_per_sm <= 2;
   } else {
     c.warps = query_rows(p) > kQuarters * kTileRows ? 8 : 4;
     // As many stages as let two blocks of four warps share a multiprocessor: one copies on while the other

@@ -85,17 +85,22 @@ void bind_panels(py::module_& m) {
   m.def(
       "choose_wna16_stream",
       [sizes](int64_t M, int64_t N, int64_t K, int bits, int groups_per_block, bool has_zeros,
-              bool batch_invariant, const DeviceProps& props) {
-        return choose_stream(sizes(M, N, K, bits, groups_per_block, has_zeros, batch_invariant), props);
+              bool batch_invariant, const DeviceProps& props, bool in_layer) {
+        Wna16PanelsParams p = sizes(M, N, K, bits, groups_per_block, has_zeros, batch_invariant);
+        p.in_layer = in_layer;
+        return choose_stream(p, props);
       },
-      "M"_a, "N"_a, "K"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a, "batch_invariant"_a, "props"_a);
+      "M"_a, "N"_a, "K"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a, "batch_invariant"_a, "props"_a,
+      "in_layer"_a = false);
   m.def(
       "choose_wna16_gemm",
       [sizes](int64_t M, int64_t N, int64_t K, int bits, int groups_per_block, bool has_zeros,
-              const DeviceProps& props) {
-        return choose_gemm(sizes(M, N, K, bits, groups_per_block, has_zeros, false), props);
+              const DeviceProps& props, bool in_layer) {
+        Wna16PanelsParams p = sizes(M, N, K, bits, groups_per_block, has_zeros, false);
+        p.in_layer = in_layer;
+        return choose_gemm(p, props);
       },
-      "M"_a, "N"_a, "K"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a, "props"_a);
+      "M"_a, "N"_a, "K"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a, "props"_a, "in_layer"_a = false);
   m.def(
       "uses_wna16_tiles",
       [sizes](int64_t M, int64_t N, int64_t K, int bits, int groups_per_block, bool has_zeros,
@@ -139,14 +144,16 @@ void bind_panels(py::module_& m) {
   m.def(
       "wna16_panels_scratch_bytes",
       [sizes](int64_t M, int64_t N, int64_t K, int bits, int groups_per_block, bool has_zeros,
-              bool batch_invariant, const DeviceProps& props) {
+              bool batch_invariant, const DeviceProps& props, bool in_layer) {
         Wna16PanelsParams p = sizes(M, N, K, bits, groups_per_block, has_zeros, batch_invariant);
         p.x_stride = (K + 7) / 8 * 8;
+        p.in_layer = in_layer;
         return wna16_panels_scratch_bytes(p, props);
       },
       "What a call needs where the columns are those of x and its rows aligned to 16 bytes; no call needs "
       "more.",
-      "M"_a, "N"_a, "K"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a, "batch_invariant"_a, "props"_a);
+      "M"_a, "N"_a, "K"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a, "batch_invariant"_a, "props"_a,
+      "in_layer"_a = false);
   m.def(
       "wna16_parts_bytes",
       [sizes](int64_t M, int64_t N, int64_t K, const std::variant<GemmConfig, TilesConfig>& config) {
@@ -157,18 +164,22 @@ void bind_panels(py::module_& m) {
   m.def(
       "describe_wna16_panels",
       [sizes](int64_t M, int64_t N, int64_t K, int bits, int groups_per_block, bool has_zeros,
-              bool batch_invariant, const DeviceProps& props) {
-        return describe(sizes(M, N, K, bits, groups_per_block, has_zeros, batch_invariant), props);
+              bool batch_invariant, const DeviceProps& props, bool in_layer) {
+        Wna16PanelsParams p = sizes(M, N, K, bits, groups_per_block, has_zeros, batch_invariant);
+        p.in_layer = in_layer;
+        return describe(p, props);
       },
-      "M"_a, "N"_a, "K"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a, "batch_invariant"_a, "props"_a);
+      "M"_a, "N"_a, "K"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a, "batch_invariant"_a, "props"_a,
+      "in_layer"_a = false);
   m.def(
       "wna16_panels",
       [](const std::optional<PanelsConfig>& config, uintptr_t x, uintptr_t panels, uintptr_t bias,
          uintptr_t residual, uintptr_t norm_weight, uintptr_t x_squares, uintptr_t out, uintptr_t norm_out,
          uintptr_t squares, uintptr_t scratch, int64_t scratch_bytes, int64_t M, int64_t N, int64_t K,
          int64_t column_blocks, int64_t x_stride, int64_t residual_stride, int64_t out_stride, float norm_eps,
-         float x_eps, int bits, int groups_per_block, bool has_zeros, bool gate_up, bool batch_invariant,
-         bool leaves_sums, bool prefetch_weights, int dtype, int device, uintptr_t stream) {
+         float x_eps, int bits, int groups_per_block, bool has_zeros, bool gate_up, bool in_layer,
+         bool batch_invariant, bool leaves_sums, bool prefetch_weights, int dtype, int device,
+         uintptr_t stream) {
         Wna16PanelsParams p;
         p.x = pointer(x);
         p.panels = pointer<uint8_t>(panels);
@@ -195,6 +206,7 @@ void bind_panels(py::module_& m) {
         p.has_zeros = has_zeros;
         p.gate_up = gate_up;
         p.batch_invariant = batch_invariant;
+        p.in_layer = in_layer;
         p.leaves_sums = leaves_sums;
         p.prefetch_weights = prefetch_weights;
         place(p, dtype, device, stream);
@@ -205,7 +217,7 @@ void bind_panels(py::module_& m) {
       "config"_a.none(true), "x"_a, "panels"_a, "bias"_a, "residual"_a, "norm_weight"_a, "x_squares"_a,
       "out"_a, "norm_out"_a, "squares"_a, "scratch"_a, "scratch_bytes"_a, "M"_a, "N"_a, "K"_a,
       "column_blocks"_a, "x_stride"_a, "residual_stride"_a, "out_stride"_a, "norm_eps"_a, "x_eps"_a, "bits"_a,
-      "groups_per_block"_a, "has_zeros"_a, "gate_up"_a, "batch_invariant"_a, "leaves_sums"_a,
+      "groups_per_block"_a, "has_zeros"_a, "gate_up"_a, "in_layer"_a, "batch_invariant"_a, "leaves_sums"_a,
       "prefetch_weights"_a, "dtype"_a, "device"_a, "stream"_a);
 }
 

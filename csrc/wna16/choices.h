@@ -35,6 +35,14 @@ const Measured* most_similar(const std::array<Measured, kSize>& table, const Wna
   return best;
 }
 
+// What use(entries of the streaming kernel, entries of the one for many tokens) makes of those that count for
+// a call: measured in layers where it is one of a layer's, and with more tokens in any case.
+template <typename Use>
+auto with_measured(const Wna16PanelsParams& p, Use&& use) {
+  if (p.in_layer || p.M > kMaxPendingRows) return use(kStreamInLayers, kGemmInLayers);
+  return use(kStreamMeasured, kGemmMeasured);
+}
+
 // Whether the kernel for many tokens takes less than the streaming one, by the times of one weight: where the
 // entries that a problem gets are of two, because only one of the kernels was measured with its own width, by
 // those of W4. More tokens than were streamed anywhere are many.

@@ -13,8 +13,9 @@ widths than W4 may be missing, or hold fewer matrices.
 
 chain_sweep.txt, where it exists, holds the best way of each product of a decoder layer behind and before the
 other products of the layer. What runs before a launch decides how much of its weight is read early, which
-rows of one product do not show; so the chain's way counts for its matrix and number of tokens. Its time is
-what the product adds to the chain.
+rows of one product do not show; so the chain's way counts for its matrix and number of tokens, where the call
+is one of a layer's. Its time is what the product adds to the chain. A product on its own may take twice as
+long that way: its launches go by the sweeps.
 
 The files are written by `qsun-bench tune wna16 --backend cuda`.
 """
@@ -38,6 +39,8 @@ WAYS = {
     "tiles_sm80": ("token_tiles", "row_groups", "column_groups", "split_k", "stages"),
 }
 TYPES = {"stream": "StreamMeasured", "gemm_sm90": "GemmMeasured", "tiles_sm80": "TilesMeasured"}
+IN_LAYERS = {"stream": "kStreamInLayers", "gemm_sm90": "kGemmInLayers"}
+"""What the table calls the ways of kernels that layers are made of."""
 SERVE_FEWER = ("gemm_sm90", "tiles_sm80")
 """Kernels whose tiles for many tokens serve fewer in the same memory."""
 
@@ -97,16 +100,17 @@ def in_chain(kernel: str, folder: Path = HERE) -> dict[tuple[Matrix, int], tuple
 def chosen(
     kernel: str, folder: Path = HERE, bits: int = MAIN_BITS
 ) -> dict[tuple[Matrix, int], tuple[Way, float]]:
-    """What the table holds: the chain's way where there is one, for that is how kernels are used."""
+    """What products of a layer go by: the chain's way where there is one, for so they are launched."""
     chain = in_chain(kernel, folder) if bits == MAIN_BITS else {}
     return {**fastest_of(kernel, folder, bits), **chain}
 
 
-def rows(kernel: str, folder: Path) -> list[str]:
+def rows(kernel: str, folder: Path, *, in_layers: bool) -> list[str]:
+    ways = chosen if in_layers else fastest_of
     return [
         f"    {{{bits}, {K}, {N}, {M}, {us:.2f}f, {', '.join(map(str, way))}}},"
         for bits in BITS
-        for ((K, N), M), (way, us) in sorted(chosen(kernel, folder, bits).items())
+        for ((K, N), M), (way, us) in sorted(ways(kernel, folder, bits).items())
     ]
 
 
@@ -122,7 +126,6 @@ def header(folder: Path = HERE) -> str:
         "namespace qsun {",
     ]
     for kernel, fields in WAYS.items():
-        measured = rows(kernel, folder)
         lines += [
             "",
             f"struct {TYPES[kernel]} {{",
@@ -130,13 +133,19 @@ def header(folder: Path = HERE) -> str:
             "  float us;",
             f"  int {', '.join(fields)};",
             "};",
-            "",
-            "// clang-format off",
-            f"inline constexpr std::array<{TYPES[kernel]}, {len(measured)}> k{TYPES[kernel]} = {{{{",
-            *measured,
-            "}};",
-            "// clang-format on",
         ]
+        arrays = {f"k{TYPES[kernel]}": rows(kernel, folder, in_layers=False)}
+        if kernel in IN_LAYERS:
+            arrays[IN_LAYERS[kernel]] = rows(kernel, folder, in_layers=True)
+        for name, measured in arrays.items():
+            lines += [
+                "",
+                "// clang-format off",
+                f"inline constexpr std::array<{TYPES[kernel]}, {len(measured)}> {name} = {{{{",
+                *measured,
+                "}};",
+                "// clang-format on",
+            ]
     return "\n".join([*lines, "", "}  // namespace qsun", ""])
 
 

@@ -81,7 +81,8 @@ GemmConfig choose_gemm(const Wna16PanelsParams& p, const DeviceProps& props) {
     }
     return with_stages(c, p, props);
   }
-  const GemmMeasured* best = most_similar(kGemmMeasured, p);
+  const GemmMeasured* best =
+      with_measured(p, [&](const auto&, const auto& gemms) { return most_similar(gemms, p); });
   c.token_tile = best->token_tile, c.warp_groups = best->warp_groups;
   c.split_k = static_cast<int>(std::min<int64_t>(best->split_k, p.column_blocks));
   c.adds_in_cluster = best->in_cluster != 0 && c.split_k > 1;

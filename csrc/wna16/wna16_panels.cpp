@@ -74,7 +74,8 @@ bool has_gemm(const DeviceProps& props) {
 
 bool uses_gemm(const Wna16PanelsParams& p, const DeviceProps& props) {
   if (!has_gemm(props) || p.batch_invariant || has_pending_norm(p) || !gemm_can_read(p)) return false;
-  return gemm_is_faster(kStreamMeasured, kGemmMeasured, p);
+  return with_measured(
+      p, [&](const auto& streams, const auto& gemms) { return gemm_is_faster(streams, gemms, p); });
 }
 
 bool uses_tiles(const Wna16PanelsParams& p, const DeviceProps& props) {
@@ -83,8 +84,10 @@ bool uses_tiles(const Wna16PanelsParams& p, const DeviceProps& props) {
 }
 
 bool may_pend_norm(const Wna16PanelsParams& p, const DeviceProps& props) {
+  Wna16PanelsParams own = p;
+  own.in_layer = true;
   return p.dtype == DType::kBFloat16 && p.M <= kMaxPendingRows && !p.batch_invariant &&
-         !uses_gemm(p, props) && !uses_tiles(p, props);
+         !uses_gemm(own, props) && !uses_tiles(own, props);
 }
 
 namespace {
@@ -104,7 +107,10 @@ StreamMeasured unmeasured_stream(const Wna16PanelsParams& p) {
 
 StreamConfig choose_stream(const Wna16PanelsParams& p, const DeviceProps& props) {
   const bool is_hopper = props.compute_major >= 9;
-  const StreamMeasured* measured = p.batch_invariant ? nullptr : most_similar(kStreamMeasured, p);
+  const StreamMeasured* measured =
+      p.batch_invariant
+          ? nullptr
+          : with_measured(p, [&](const auto& streams, const auto&) { return most_similar(streams, p); });
   const StreamMeasured way = measured != nullptr ? *measured : unmeasured_stream(p);
   StreamConfig c;
   c.token_tiles = way.token_tiles, c.row_tiles = way.row_tiles;

@@ -155,7 +155,7 @@ def test_the_start_is_what_the_library_launches(extension: Any) -> None:
     for M in tune_chain.TOKENS:
         for product, (kernel, way) in tune_chain.start(M, panel_ways.SOURCE).items():
             cell = tune_chain.cell(product, M)
-            said = extension.describe_wna16_panels(M, cell.N, cell.K, 4, 1, False, False, props)
+            said = extension.describe_wna16_panels(M, cell.N, cell.K, 4, 1, False, False, props, True)
             settings = panel_ways.settings(kernel, cell, way, 132)
             want = {
                 name: {True: "yes", False: "no"}.get(value, str(value))

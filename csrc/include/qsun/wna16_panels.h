@@ -52,6 +52,7 @@ struct Wna16PanelsParams {
   int groups_per_block = 1;  // 4, 2 or 1: groups of 32, 64 or 128 columns
   bool has_zeros = false;    // zero points are stored; else every zero is 2^(bits - 1)
   bool gate_up = false;  // rows are gate and up, interleaved (panels.h); bias, residual and norm must be null
+  bool in_layer = false;  // launched as was fastest among the other products of a decoder layer, not alone
   bool batch_invariant = false;  // a row of out depends on nothing but its row of x
   // scratch is left with the parts, and out is not written. Where columns are split, without gate_up, bias,
   // residual and norm.
@@ -119,8 +120,8 @@ QSUN_API bool uses_tiles(const Wna16PanelsParams& params, const DeviceProps& pro
 // Blocks over which a product of these sizes splits its columns, whose sums it can leave; 1: none to leave.
 QSUN_API int wna16_panels_splits(const Wna16PanelsParams& params, const DeviceProps& props);
 // Whether a product of these sizes may leave the norm of its rows to the product behind, or take one that was
-// left, and be what it is without: the dtype and the number of tokens allow it, and the streaming kernel is
-// the choice in any case.
+// left, and be what it is without, in_layer: the dtype and the number of tokens allow it, and the streaming
+// kernel is the choice in any case.
 QSUN_API bool may_pend_norm(const Wna16PanelsParams& params, const DeviceProps& props);
 QSUN_API StreamConfig choose_stream(const Wna16PanelsParams& params, const DeviceProps& props);
 QSUN_API GemmConfig choose_gemm(const Wna16PanelsParams& params, const DeviceProps& props);

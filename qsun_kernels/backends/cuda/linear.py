@@ -155,9 +155,10 @@ def _scratch_bytes(
     has_zeros: bool,
     batch_invariant: bool,
     device: int,
+    in_layer: bool,
 ) -> int:
     needed: int = library.binding.wna16_panels_scratch_bytes(
-        M, N, K, bits, groups_per_block, has_zeros, batch_invariant, library.device_props(device)
+        M, N, K, bits, groups_per_block, has_zeros, batch_invariant, library.device_props(device), in_layer
     )
     return needed
 
@@ -187,6 +188,9 @@ def launch_panels(
     sums: float32 (splits, M, N rounded up to 64), what blocks that split K leave; out is None then.
     """
     spec, panels, groups = weight.spec, weight.tensors[0], groups_per_block(weight)
+    is_gate_up = weight.operator == "wna16_gate_up_silu"
+    # What a product on its own never is
+    in_layer = is_gate_up or norm is not None or isinstance(x, PendingNorm)
     x_squares, x_eps = None, 0.0
     if isinstance(x, PendingNorm):
         x_squares, x_eps, x = x.squares, x.eps, x.weighted
@@ -210,6 +214,7 @@ def launch_panels(
             not spec.symmetric,
             batch_invariant,
             device,
+            in_layer,
         )
     if scratch_bytes and scratch is None:
         scratch = torch.empty(scratch_bytes // 4, dtype=torch.float32, device=x.device)
@@ -238,7 +243,8 @@ def launch_panels(
         spec.bits,
         groups,
         not spec.symmetric,
-        weight.operator == "wna16_gate_up_silu",
+        is_gate_up,
+        in_layer,
         batch_invariant,
         sums is not None,
         weight.is_prefetched,

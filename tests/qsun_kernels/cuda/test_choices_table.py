@@ -159,29 +159,37 @@ def test_a_width_takes_its_own_entries_or_those_of_w4(table, tmp_path) -> None:
     assert dict(zip(expected, similar(table, tmp_path, list(expected)), strict=True)) == expected
 
 
+@pytest.mark.parametrize("in_layer", (False, True), ids=("alone", "in a layer"))
 @pytest.mark.parametrize("bits", (2, 3, 4, 8))
-def test_choices_on_an_h100(extension, table, bits) -> None:
-    """The faster kernel launched the measured way where one was measured, something that fits everywhere."""
+def test_choices_on_an_h100(extension, table, bits, in_layer) -> None:
+    """The faster kernel launched the measured way where one was measured, something that fits everywhere.
+
+    Up to 16 tokens alone by the sweeps, in a layer by what was measured there.
+    """
     if "90a" not in extension.build_info()["archs"]:
         pytest.skip("built without sm_90a")
     props = extension.DeviceProps(**H100)
 
     def chosen(M: int, N: int, K: int) -> str:
-        return extension.describe_wna16_panels(M, N, K, bits, 1, False, False, props)
+        return extension.describe_wna16_panels(M, N, K, bits, 1, False, False, props, in_layer)
 
-    gemm, stream = (table.chosen(kernel, bits=bits) for kernel in ("gemm_sm90", "stream"))
-    four = {kernel: table.chosen(kernel) for kernel in ("gemm_sm90", "stream")}
+    ways = table.chosen if in_layer else table.fastest_of
+    gemm, stream = (ways(kernel, bits=bits) for kernel in ("gemm_sm90", "stream"))
+    four = {kernel: ways(kernel) for kernel in ("gemm_sm90", "stream")}
+    all_gemm = gemm
 
     def times(K: int, N: int, M: int) -> tuple[float, float]:
         """Of the streaming kernel and the one for many tokens, of the same width."""
-        is_own = all((K, N) in {matrix for matrix, _ in own} for own in (stream, gemm))
-        both = (stream, gemm) if is_own else (four["stream"], four["gemm_sm90"])
+        is_own = all((K, N) in {matrix for matrix, _ in own} for own in (stream, all_gemm))
+        both = (stream, all_gemm) if is_own else (four["stream"], four["gemm_sm90"])
         of_stream, of_gemm = (
             [us for ((matrix, tokens), (_, us)) in sorted(own.items()) if matrix == (K, N) and tokens >= M]
             for own in both
         )
         return (of_stream or [float("inf")])[0], of_gemm[0]
 
+    if not in_layer:  # others are as in a layer
+        gemm = {key: entry for key, entry in gemm.items() if key[1] <= 16}
     for ((K, N), M), ((tile, groups, split, stages, in_cluster), _) in gemm.items():
         if times(K, N, M)[0] > times(K, N, M)[1]:
             assert chosen(M, N, K) == (

@@ -131,7 +131,8 @@ def test_who_shares_prefixes(extension, h100, change, shares) -> None:
         (1, {"kv_dtype": INT8, "kv_scales": TOKEN}, (2, 3, 6)),
         (16, {"kv_dtype": FP8, "kv_scales": TENSOR}, (2, 3, 6)),
         (17, {"kv_dtype": FP8, "kv_scales": TENSOR}, (2, 3, -1)),
-        (16, {"kv_dtype": INT4, "kv_scales": TOKEN}, (4, 3, 12)),
+        (16, {"kv_dtype": INT4, "kv_scales": TOKEN}, (4, 3, -1)),  # four blocks a multiprocessor
+        (64, {"kv_dtype": INT4, "kv_scales": TOKEN}, (4, 3, 12)),  # 512 of 528
     ],
 )
 def test_where_requests_stay_whole(extension, h100, batch, change, expected) -> None:

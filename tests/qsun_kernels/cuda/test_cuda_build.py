@@ -125,7 +125,7 @@ CALLS = {
         "x panels out", config=None, bias=0, residual=0, norm_weight=0, norm_out=0, squares=0, x_squares=0,
         norm_eps=0.0, x_eps=0.0, scratch=0, scratch_bytes=0, M=2, N=32,
         K=64, column_blocks=1, x_stride=64, residual_stride=0, out_stride=32, bits=4, groups_per_block=1,
-        has_zeros=False, gate_up=False, batch_invariant=False, leaves_sums=False,
+        has_zeros=False, gate_up=False, in_layer=False, batch_invariant=False, leaves_sums=False,
         prefetch_weights=True,
     ),
     "gather_columns": call("x perm out", M=2, K=64, columns=128, x_stride=64, prefetch_perm=True),

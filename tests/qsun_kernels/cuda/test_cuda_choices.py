@@ -102,7 +102,8 @@ def test_where_a_norm_may_be_left_to_the_next_product(extension, h100, a100) -> 
             for M in (*range(1, 20), 64):
                 for bits in (2, 3, 4, 8):
                     sizes = (M, N, K, bits, 1, bits == 3)
-                    streams = extension.describe_wna16_panels(*sizes, False, props).startswith("stream ")
+                    said = extension.describe_wna16_panels(*sizes, False, props, in_layer=True)
+                    streams = said.startswith("stream ")
                     got = extension.may_pend_wna16_norm(*sizes, bfloat16, props)
                     assert got == (streams and M <= 16)
                     answers.add((got, streams, M <= 16))

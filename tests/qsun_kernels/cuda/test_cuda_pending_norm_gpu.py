@@ -220,9 +220,9 @@ def test_the_operators_follow_the_library(device) -> None:
             (gate_up, wna16_gate_up_silu, judge_wna16_gate_up_silu, packed[2]),
         ):
             streams = all(
-                library.binding.describe_wna16_panels(M, one.N, one.K, 4, 1, False, False, props).startswith(
-                    "stream "
-                )
+                library.binding.describe_wna16_panels(
+                    M, one.N, one.K, 4, 1, False, False, props, in_layer=True
+                ).startswith("stream ")
                 for one in (down, reader)
             )
             assert norm_may_pend(M, down, reader) == (streams and M <= 16)
