@@ -264,7 +264,7 @@ __device__ __forceinline__ void attend(CodesRows<kHeadDim, kTiles>& rows, const 
         maximum = fmaxf(maximum, __shfl_xor_sync(kAllLanes, maximum, distance));
       }
       maximum = fmaxf(maximum, rows.maximum[n][j]);
-      const float reference = reference_of(maximum), lifted = reference - kLift;
+      const float reference = reference_of(maximum);
       decay[j] = fast_exp2(rows.maximum[n][j] - reference);
       rows.maximum[n][j] = maximum;
       float sum = rows.sum[n][j] * decay[j];
@@ -273,7 +273,7 @@ __device__ __forceinline__ void attend(CodesRows<kHeadDim, kTiles>& rows, const 
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           float& score = scores[u][n][h * 2 + j];
-          score = fast_exp2(score - lifted);
+          score = fast_exp2(score - reference + kLift);
           sum += score;
           score *= value_scales[u][h];
         }

@@ -1,4 +1,4 @@
-// The plan of the planned attention kernel: how a batch's work is cut into parts of equal size.
+// The plan of the planned attention kernel: how a batch's work is cut into parts, of equal size or whole.
 //
 // The work is a line of items under every key head. An item is a request; in the line of shared prefixes
 // (prefixes.h) it is a prefix and the requests that share it. It is one unit for its own sake (queries to

@@ -95,7 +95,8 @@ __device__ __forceinline__ bool is_masked(const TilesArguments& a, const Share& 
 
 // Weights of float16 are lifted by a power of two until the largest is near the end of its range: a small one
 // then keeps its digits, for elements of which the large ones have nothing. bfloat16 has the range of
-// float32.
+// float32. The lift is added to a score's distance from the reference: beside a score of 2^24 it would be
+// lost.
 constexpr float kLift = 15.0f;
 constexpr float kUnlift = 1.0f / (1 << 15);
 template <typename T>
@@ -162,7 +163,7 @@ __device__ __forceinline__ void attend(QueryRows<kHeadDim>& rows, const TilesArg
     maximum = fmaxf(maximum, __shfl_xor_sync(kAllLanes, maximum, 1));
     maximum = fmaxf(maximum, __shfl_xor_sync(kAllLanes, maximum, 2));
     maximum = fmaxf(maximum, rows.maximum[half]);
-    const float reference = reference_of(maximum), lifted = reference - (kIsLifted<T> ? kLift : 0.0f);
+    const float reference = reference_of(maximum);
     decay[half] = exp2f(rows.maximum[half] - reference);
     rows.maximum[half] = maximum;
     rows.sum[half] *= decay[half];
@@ -170,7 +171,7 @@ __device__ __forceinline__ void attend(QueryRows<kHeadDim>& rows, const TilesArg
     for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
       for (int i = c; i < c + 2; ++i) {
-        scores[n][i] = exp2f(scores[n][i] - lifted);
+        scores[n][i] = exp2f(scores[n][i] - reference + (kIsLifted<T> ? kLift : 0.0f));
         rows.sum[half] += scores[n][i];
       }
     }

@@ -14,8 +14,8 @@ widths than W4 may be missing, or hold fewer matrices.
 chain_sweep.txt, where it exists, holds the best way of each product of a decoder layer behind and before the
 other products of the layer. What runs before a launch decides how much of its weight is read early, which
 rows of one product do not show; so the chain's way counts for its matrix and number of tokens, where the call
-is one of a layer's. Its time is what the product adds to the chain. A product on its own may take twice as
-long that way: its launches go by the sweeps.
+tells that it is one of a layer's (in_layer). Its time is what the product adds to the chain. A product on its
+own may take twice as long that way: its launches go by the sweeps.
 
 The files are written by `qsun-bench tune wna16 --backend cuda`.
 """

@@ -27,7 +27,8 @@ def wna16_linear_pending_sums(
     """``x @ W.T`` in parts along K that are not added yet, for `write_kv_cache` to add.
 
     x (M, K), weight from `prepare_weight`; backend as for `wna16_linear`. The rows (M, N) that the parts come
-    to have the bits of `wna16_linear`. Only products that are split leave parts: `sums_may_pend` tells.
+    to have the bits of `wna16_linear`, where rows of x are aligned to 16 bytes. Only products that are split
+    leave parts: `sums_may_pend` tells.
 
     Raises TypeError or ValueError naming the argument, BackendUnavailable where a product of so many rows is
     not split, RuntimeError if a gradient is wanted or the call is traced.

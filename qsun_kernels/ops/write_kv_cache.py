@@ -245,11 +245,12 @@ def _write_sums(
     """What `write_kv_cache` does where at least one of k, v and q is sums: checks, then the launch."""
     firsts: dict[str, Tensor] = {}
     for name, rows in (("k", k), ("v", v), ("q", q)):
-        if rows is None:
+        if rows is None and name == "q":
             continue
         if not isinstance(rows, PendingSums):
             raise TypeError(f"{name} is a {type(rows).__name__} beside sums, expected a PendingSums as well")
-        assert isinstance(k, PendingSums)
+        assert isinstance(k, PendingSums)  # it comes first
+        checks.floating(f"{name}.parts", rows.parts)
         checks.beside(f"{name}.parts", rows.parts, torch.float32, k.parts.device, "sums, on the device of k")
         checks.rank(f"{name}.parts", rows.parts, 4, "(splits, T, H, D)")
         if rows.dtype not in (torch.float16, torch.bfloat16) or rows.dtype != k.dtype:
@@ -306,14 +307,15 @@ def _launch(
         rotate,
     )
     requested = requested_backend(backend)
-    run = launcher(requested, WriteKvCacheProblem, *sizes)
     rows: tuple[Tensor | PendingSums | None, ...] = (k, v, q)
     if isinstance(k, PendingSums):
         chosen = select(WriteKvCacheProblem(*sizes), requested).implementation
-        if isinstance(chosen, WriteImplementation) and chosen.run_sums is not None:
-            run = chosen.run_sums
-        else:
+        run = chosen.run_sums if isinstance(chosen, WriteImplementation) else None
+        if run is None:
+            run = chosen.run
             rows = tuple(one.added() if isinstance(one, PendingSums) else one for one in rows)
+    else:
+        run = launcher(requested, WriteKvCacheProblem, *sizes)
     steps = (positions, cos_sin, q_norm, k_norm, eps, rotate, k_scale, v_scale)
     return cast("Tensor | None", run(*rows[:2], k_cache, v_cache, slot_mapping, rows[2], *steps, settled))
 

@@ -82,7 +82,7 @@ struct PagedAttentionDecodeConfig {
   int warps = 4;   // of a block
   int stages = 3;  // steps of 64 tokens (128 of codes) in a block's ring, that being multiplied included
   int blocks_per_sm = 1;   // at once
-  int parts = 1;           // blocks of the grid, of equal shares of the work
+  int parts = 1;           // blocks of the grid, of equal shares of the work unless requests stay whole
   int min_part_units = 2;  // smaller parts are not made: fewer blocks get work (units: attention/plan.h)
   // Requests are not cut where there are parts for all of them, under every key head, and the longest takes
   // no more units than two equal shares and this. -1: they are always cut.

@@ -52,7 +52,7 @@ struct Wna16PanelsParams {
   int groups_per_block = 1;  // 4, 2 or 1: groups of 32, 64 or 128 columns
   bool has_zeros = false;    // zero points are stored; else every zero is 2^(bits - 1)
   bool gate_up = false;  // rows are gate and up, interleaved (panels.h); bias, residual and norm must be null
-  bool in_layer = false;  // launched as was fastest among the other products of a decoder layer, not alone
+  bool in_layer = false;         // launched as was fastest among the products of a decoder layer, not alone
   bool batch_invariant = false;  // a row of out depends on nothing but its row of x
   // scratch is left with the parts, and out is not written. Where columns are split, without gate_up, bias,
   // residual and norm.

@@ -57,7 +57,7 @@ def describe_attention(problem: PagedAttentionDecodeProblem) -> str:
         return f"paged_attention_codes: {group} query heads in tensor-core tiles of 8, codes in registers"
     if config is not None:
         rows = "16 query rows a warp" if group > 16 else f"{group} query heads in a tensor-core tile of 16"
-        return f"paged_attention_tiles: {rows}, all lengths cut into equal parts{_describe_sharing(config)}"
+        return f"paged_attention_tiles: {rows}, cut into equal parts, or whole{_describe_sharing(config)}"
     tile = library.binding.choose_paged_attention_split(*_sizes(problem)).head_tile
     return f"paged_attention_split: query heads in tiles of {tile}, lengths cut by batch size, then combined"
 

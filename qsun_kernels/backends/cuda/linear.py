@@ -189,8 +189,8 @@ def launch_panels(
     """
     spec, panels, groups = weight.spec, weight.tensors[0], groups_per_block(weight)
     is_gate_up = weight.operator == "wna16_gate_up_silu"
-    # What a product on its own never is
-    in_layer = is_gate_up or norm is not None or isinstance(x, PendingNorm)
+    # With a residual, too: it may not matter to the bits whether the norm behind it is the same call.
+    in_layer = is_gate_up or residual is not None or norm is not None or isinstance(x, PendingNorm)
     x_squares, x_eps = None, 0.0
     if isinstance(x, PendingNorm):
         x_squares, x_eps, x = x.squares, x.eps, x.weighted

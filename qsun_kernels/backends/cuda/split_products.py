@@ -42,7 +42,7 @@ def _splits(M: int, N: int, K: int, bits: int, groups_per_block: int, has_zeros:
 
 def leave(x: Tensor, weight: PreparedWeight) -> PendingSums:
     """x (M, K) -> sums of (M, N), rows a multiple of 64 floats apart."""
-    if x.data_ptr() % 16 or x.stride(0) % 8:
+    if len(weight.tensors) == 1 and (x.data_ptr() % 16 or x.stride(0) % 8):
         x = x.clone(memory_format=torch.contiguous_format)  # else the kernel that splits could not read it
     rows = x.shape[0]
     shape = (splits(rows, weight), rows, -(-weight.N // BLOCK_ROWS) * BLOCK_ROWS)

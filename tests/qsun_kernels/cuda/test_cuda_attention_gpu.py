@@ -286,6 +286,28 @@ def test_small_weights_count_where_the_large_one_meets_zero(kernels, dtype, head
     judge_paged_attention_decode((out, lse), a).require()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_score_that_float32_holds_in_whole_numbers(kernels, dtype) -> None:
+    """1.28e8 beside zeros: all of the weight, and no more."""
+    a = inputs.paged_attention_inputs(
+        inputs.generator(4),
+        (40,),
+        num_q_heads=2,
+        num_kv_heads=1,
+        head_dim=128,
+        block_size=16,
+        dtype=dtype,
+        device=kernels.device,
+    )
+    block, slot = int(a.block_table[0, 1]), 5
+    a.k_cache[a.block_table[0]] = 0
+    a.k_cache[block, 0, slot] = 1000
+    a.q.fill_(1000)
+    out, lse = attend(kernels, replace(a, softmax_scale=1.0))
+    assert torch.equal(out, a.v_cache[block, 0, slot].expand_as(out))
+    assert torch.allclose(lse, torch.full_like(lse, 128 * 1000.0**2))
+
+
 @pytest.mark.parametrize("std", (30.0, 1000.0, 1e4))
 def test_extreme_scores(kernels, std) -> None:
     """Scores in the thousands: one token takes all the weight, and nothing overflows."""

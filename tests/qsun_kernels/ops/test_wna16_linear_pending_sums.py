@@ -138,9 +138,9 @@ def test_a_write_of_sums_is_the_write_of_their_rows(norms) -> None:
         assert left[cache].any() and torch.equal(left[cache], whole[cache])
 
 
-def changed(index: int, sums: PendingSums) -> dict[str, Any]:
+def changed(index: int, sums: Any) -> dict[str, Any]:
     q, k, v = heads_of(torch.ones(2, 3, 6, 8))
-    rows = [q, k, v]
+    rows: list[Any] = [q, k, v]
     rows[index] = sums
     return call(*rows)
 
@@ -152,6 +152,9 @@ PARTS = torch.ones(2, 3, 2, 8)
 @pytest.mark.parametrize(
     ("wrong", "error", "parts"),
     [
+        (changed(1, None), TypeError, ["k is a NoneType beside sums, expected a PendingSums"]),
+        (changed(2, None), TypeError, ["v is a NoneType beside sums"]),
+        (changed(1, PendingSums(None, DTYPE)), TypeError, ["k.parts is a NoneType"]),
         (changed(0, ROWS), TypeError, ["q is a Tensor beside sums, expected a PendingSums"]),
         (changed(1, ROWS), TypeError, ["k is a Tensor beside sums"]),
         (changed(2, ROWS), TypeError, ["v is a Tensor beside sums"]),
