@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
 
 from qsun_kernels.backends import cuda
-from qsun_kernels.backends.cuda import library, pending_norm
+from qsun_kernels.backends.cuda import library, linear, pending_norm
+from qsun_kernels.backends.problems import PendingNorm
 from qsun_kernels.quant import QuantSpec
 from qsun_kernels.testing import inputs
 
@@ -143,6 +145,42 @@ def test_whether_leaving_a_norm_pays_is_asked_of_the_library(extension, h100, mo
     assert asked == [(8, 128, columns, 4, 4, True, 2), (8, 64, 128, 8, 2, False, 2)]
     asked.clear()
     assert not pending_norm.pays(17, ordered, ordered) and len(asked) == 1
+
+
+def test_who_is_launched_as_in_a_layer(extension, h100, monkeypatch) -> None:
+    """Calls that only layers make, and a product with a residual: it has the bits of the call with a norm."""
+    told: list[tuple[bool, bool]] = []  # for scratch, for the launch
+
+    class Recording:
+        def wna16_panels_scratch_bytes(self, *arguments: Any) -> int:
+            self.for_scratch = arguments[-1]
+            return int(extension.wna16_panels_scratch_bytes(*arguments))
+
+        def wna16_panels(self, *arguments: Any) -> None:
+            told.append((self.for_scratch, arguments[-7]))
+
+    monkeypatch.setattr(library, "binding", Recording())
+    monkeypatch.setattr(library, "device_props", lambda index: h100)
+    monkeypatch.setattr(library, "stream", lambda index: 0)
+    monkeypatch.setattr(linear, "_scratch_bytes", linear._scratch_bytes.__wrapped__)
+    packed = inputs.packed_weight(inputs.generator(0), 64, 128, QuantSpec(4, 128, True)).with_scales(
+        torch.bfloat16
+    )
+    weight = cuda.IMPLEMENTATIONS["wna16_linear"].prepare(packed, torch.bfloat16)
+    gate_up = cuda.IMPLEMENTATIONS["wna16_gate_up_silu"].prepare(packed, torch.bfloat16)
+    x, rows, vector = (torch.zeros(size, dtype=torch.bfloat16) for size in ((2, 128), (2, 64), (64,)))
+    linear.wna16_linear(x, weight, None, None, None)
+    linear.wna16_linear(x, weight, vector, None, None)
+    assert told == [(False, False)] * 2
+    told.clear()
+    linear.wna16_linear(x, weight, None, rows, None)
+    linear.wna16_linear_rms_norm(x, weight, rows, vector, 1e-5, None, False)
+    linear.wna16_gate_up_silu(x, gate_up, None)
+    assert told == [(True, True)] * 3
+    told.clear()
+    pending_norm.leave(x, weight, rows, vector, 1e-5, None)
+    pending_norm.take(PendingNorm(x, torch.ones(2, 8), 1e-5), weight, None, None, None)
+    assert [launched for _, launched in told] == [True, True]  # they take no scratch
 
 
 def test_products_that_are_split(extension, h100, a100) -> None:
