@@ -169,9 +169,10 @@ class LayerTrials:
     def _heads(self, qkv: Tensor | PendingSums) -> Sequence[Tensor | PendingSums]:
         """Queries, keys and values."""
         heads = [self._shape.q_heads, self._shape.kv_heads, self._shape.kv_heads]
-        rows = qkv.parts if isinstance(qkv, PendingSums) else qkv
-        split = rows.unflatten(-1, (sum(heads), self._shape.head_dim)).split(heads, dim=-2)
-        return [PendingSums(one, DTYPE) for one in split] if isinstance(qkv, PendingSums) else split
+        if isinstance(qkv, PendingSums):
+            return qkv.heads(heads, self._shape.head_dim)
+        rows: Sequence[Tensor] = qkv.view(len(qkv), sum(heads), self._shape.head_dim).split(heads, dim=1)
+        return rows
 
     def _attend(self, step: _Step, layer: int, qkv: Tensor | PendingSums, attended: Tensor) -> None:
         shape, (keys, values) = self._shape, step.caches[layer]

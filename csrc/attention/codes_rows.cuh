@@ -11,8 +11,8 @@
 // which would not be in q's own dtype:
 //
 //   q        times a power of two that brings the warp's largest to 2^14 .. 2^15: exact down to 2^-28 of
-//   that,
-//            and bfloat16 elements below 2^-38 of it are lost. The power comes back with the scale of scores.
+//            that, and bfloat16 elements below 2^-38 of it are lost. The power comes back with the scale of
+//            scores.
 //   weights  exp2(score - reference) * (scale of the value): a number far from 1 where scales are. So the
 //            reference is the running maximum of score + log2(scale) without the lift of float16 weights
 //            (rows.cuh), which makes it at most 2^15, about. The sum of exp2(score - reference) without the

@@ -69,7 +69,7 @@ void bind_panels(py::module_& m) {
       },
       "(token_tile, warp_groups) that a GemmConfig may have.");
   const auto sizes = [](int64_t M, int64_t N, int64_t K, int bits, int groups_per_block, bool has_zeros,
-                        bool batch_invariant) {
+                        bool batch_invariant, bool in_layer = false) {
     Wna16PanelsParams p;
     p.M = M;
     p.N = N;
@@ -80,15 +80,15 @@ void bind_panels(py::module_& m) {
     p.groups_per_block = groups_per_block;
     p.has_zeros = has_zeros;
     p.batch_invariant = batch_invariant;
+    p.in_layer = in_layer;
     return p;
   };
   m.def(
       "choose_wna16_stream",
       [sizes](int64_t M, int64_t N, int64_t K, int bits, int groups_per_block, bool has_zeros,
               bool batch_invariant, const DeviceProps& props, bool in_layer) {
-        Wna16PanelsParams p = sizes(M, N, K, bits, groups_per_block, has_zeros, batch_invariant);
-        p.in_layer = in_layer;
-        return choose_stream(p, props);
+        return choose_stream(sizes(M, N, K, bits, groups_per_block, has_zeros, batch_invariant, in_layer),
+                             props);
       },
       "M"_a, "N"_a, "K"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a, "batch_invariant"_a, "props"_a,
       "in_layer"_a = false);
@@ -96,9 +96,7 @@ void bind_panels(py::module_& m) {
       "choose_wna16_gemm",
       [sizes](int64_t M, int64_t N, int64_t K, int bits, int groups_per_block, bool has_zeros,
               const DeviceProps& props, bool in_layer) {
-        Wna16PanelsParams p = sizes(M, N, K, bits, groups_per_block, has_zeros, false);
-        p.in_layer = in_layer;
-        return choose_gemm(p, props);
+        return choose_gemm(sizes(M, N, K, bits, groups_per_block, has_zeros, false, in_layer), props);
       },
       "M"_a, "N"_a, "K"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a, "props"_a, "in_layer"_a = false);
   m.def(
@@ -145,9 +143,8 @@ void bind_panels(py::module_& m) {
       "wna16_panels_scratch_bytes",
       [sizes](int64_t M, int64_t N, int64_t K, int bits, int groups_per_block, bool has_zeros,
               bool batch_invariant, const DeviceProps& props, bool in_layer) {
-        Wna16PanelsParams p = sizes(M, N, K, bits, groups_per_block, has_zeros, batch_invariant);
+        Wna16PanelsParams p = sizes(M, N, K, bits, groups_per_block, has_zeros, batch_invariant, in_layer);
         p.x_stride = (K + 7) / 8 * 8;
-        p.in_layer = in_layer;
         return wna16_panels_scratch_bytes(p, props);
       },
       "What a call needs where the columns are those of x and its rows aligned to 16 bytes; no call needs "
@@ -165,9 +162,7 @@ void bind_panels(py::module_& m) {
       "describe_wna16_panels",
       [sizes](int64_t M, int64_t N, int64_t K, int bits, int groups_per_block, bool has_zeros,
               bool batch_invariant, const DeviceProps& props, bool in_layer) {
-        Wna16PanelsParams p = sizes(M, N, K, bits, groups_per_block, has_zeros, batch_invariant);
-        p.in_layer = in_layer;
-        return describe(p, props);
+        return describe(sizes(M, N, K, bits, groups_per_block, has_zeros, batch_invariant, in_layer), props);
       },
       "M"_a, "N"_a, "K"_a, "bits"_a, "groups_per_block"_a, "has_zeros"_a, "batch_invariant"_a, "props"_a,
       "in_layer"_a = false);

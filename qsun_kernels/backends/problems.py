@@ -7,7 +7,7 @@ are hashable, so that a choice is made once and remembered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
@@ -391,6 +391,11 @@ class PendingSums:
     def device(self) -> torch.device:
         """Where they are."""
         return self.parts.device
+
+    def heads(self, counts: Sequence[int], head_dim: int) -> tuple[PendingSums, ...]:
+        """Rows (T, sum(counts) * head_dim) as (T, count, head_dim) of each count: views, as of rows."""
+        split = self.parts.unflatten(-1, (sum(counts), head_dim)).split(list(counts), dim=-2)
+        return tuple(PendingSums(parts, self.dtype) for parts in split)
 
     def added(self) -> torch.Tensor:
         """The rows."""

@@ -96,7 +96,7 @@ class Attention:
         write adds up what a low-bit product splits along its columns, which spares a launch.
         """
         sums = self.qkv.leave_sums(x) if isinstance(self.qkv, QuantLinear) else None
-        q, k, v = self._heads(self.qkv(x)) if sums is None else self._heads_of_sums(sums)
+        q, k, v = self._heads(self.qkv(x) if sums is None else sums)
         return write_kv_cache(
             k,
             v,
@@ -115,17 +115,16 @@ class Attention:
             settled=ctx.settled,
         )
 
-    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(
+        self, qkv: Tensor | PendingSums
+    ) -> tuple[Tensor, Tensor, Tensor] | tuple[PendingSums, PendingSums, PendingSums]:
         """Views (T, heads, head_dim) of the queries, keys and values in qkv (T, N)."""
         sizes = [self.num_q_heads, self.num_kv_heads, self.num_kv_heads]
+        if isinstance(qkv, PendingSums):
+            sums_q, sums_k, sums_v = qkv.heads(sizes, self.head_dim)
+            return sums_q, sums_k, sums_v
         q, k, v = qkv.view(qkv.shape[0], sum(sizes), self.head_dim).split(sizes, dim=1)
         return q, k, v
-
-    def _heads_of_sums(self, qkv: PendingSums) -> tuple[PendingSums, PendingSums, PendingSums]:
-        """The same views of sums of qkv."""
-        sizes = [self.num_q_heads, self.num_kv_heads, self.num_kv_heads]
-        q, k, v = qkv.parts.unflatten(2, (sum(sizes), self.head_dim)).split(sizes, dim=2)
-        return PendingSums(q, qkv.dtype), PendingSums(k, qkv.dtype), PendingSums(v, qkv.dtype)
 
     def _attend_chunks(self, q: Tensor, kv: LayerKV, attention: PrefillAttention) -> Tensor:
         """Of all chunks' tokens, (T, num_q_heads, head_dim); without a plan, one is made for this call."""
